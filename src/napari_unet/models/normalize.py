@@ -1,0 +1,122 @@
+"""Intensity normalisation: one implementation for inference and training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+
+class Normalization(BaseModel):
+    """How intensities are brought to the range a network was trained on.
+
+    Parameters
+    ----------
+    method : str
+        "percentile": ``lower`` and ``upper`` are percentiles that become 0 and 1.
+        "mean_std": zero mean, unit standard deviation. "fixed": ``lower`` and
+        ``upper`` are grey values that become 0 and 1.
+    lower, upper : float
+        See ``method``. Values beyond them are not clipped.
+    scope : "image" or "plane"
+        Whether the planes of a stack share their statistics.
+    joint_channels : bool
+        Whether all channels share their statistics, as RGB should.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["percentile", "mean_std", "fixed"] = "percentile"
+    lower: float = 1.0
+    upper: float = 99.8
+    scope: Literal["image", "plane"] = "image"
+    joint_channels: bool = False
+
+    def fit(self, pixels: NDArray) -> Scaling:
+        """Derive the scaling of an image from its pixels.
+
+        Parameters
+        ----------
+        pixels : array of shape (channel, ...), real
+            The whole image or a sample of it. NaN and infinity are left out.
+
+        Returns
+        -------
+        Scaling
+            A constant channel is mapped to 0.
+        """
+        groups = [pixels] if self.joint_channels else list(pixels)
+        fits = [self._fit_one(group) for group in groups]
+        if self.joint_channels:
+            fits *= len(pixels)
+        offset, gain, fill = np.array(fits, dtype=np.float64).T
+        return Scaling(offset, gain, fill)
+
+    def _fit_one(self, values: NDArray) -> tuple[float, float, float]:
+        if values.dtype.kind == "f":
+            values = values[np.isfinite(values)]
+        if values.dtype.kind == "b" or values.dtype == np.float16:
+            values = values.astype(np.float32)  # half sums and differences overflow
+        if not values.size:
+            return 0.0, 0.0, 0.0
+        median = float(np.median(values))
+        if self.method == "fixed":
+            low, high = self.lower, self.upper
+        elif self.method == "mean_std":
+            mean = values.mean(dtype=np.float64)
+            low, high = mean, mean + values.std(dtype=np.float64)
+        else:
+            low, high = (float(v) for v in self._percentiles(values))
+            if high <= low:  # few bright pixels on a constant background
+                low, high = float(values.min()), float(values.max())
+        spread = float(high) - float(low)
+        return float(low), 1.0 / spread if spread > 0 else 0.0, median
+
+    def _percentiles(self, values: NDArray) -> NDArray:
+        if values.dtype.kind in "iu" and values.dtype.itemsize > 4:
+            values = values.astype(np.float64)
+        percentiles: NDArray = np.percentile(values, [self.lower, self.upper])
+        return percentiles
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """``(pixel - offset) * gain`` per channel; ``fill`` replaces NaN and infinity.
+
+    Parameters
+    ----------
+    offset, gain, fill : float64 array of shape (channel,)
+        ``fill`` is the median of the finite pixels.
+    """
+
+    offset: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    fill: NDArray[np.float64]
+
+    def apply(self, tile: NDArray) -> NDArray[np.float32]:
+        """Normalise pixels.
+
+        Parameters
+        ----------
+        tile : array of shape (channel, *spatial), real, any byte order
+
+        Returns
+        -------
+        float32 array of the same shape
+            Finite everywhere.
+        """
+        # 32-bit and wider values may differ by less than float32 resolves.
+        wide = tile.dtype.itemsize > 2 and tile.dtype != np.float32
+        values = tile.astype(np.float64 if wide else np.float32)
+        shape = (-1, *[1] * (tile.ndim - 1))
+        if values.dtype.kind == "f" and tile.dtype.kind == "f":
+            bad = ~np.isfinite(values)
+            if bad.any():
+                fill = np.broadcast_to(self.fill.reshape(shape), values.shape)
+                values = np.where(bad, fill, values)
+        offset = self.offset.reshape(shape).astype(values.dtype)
+        gain = self.gain.reshape(shape).astype(values.dtype)
+        return ((values - offset) * gain).astype(np.float32)
