@@ -177,7 +177,9 @@ def _numbered(labels: NDArray, which: str) -> tuple[NDArray, NDArray[np.int64]]:
     largest = int(flat.max()) if flat.size else 0
     if largest > max(flat.size, 2**16):
         # Too large for a look-up table; sorting all pixels works for any label.
-        found, index = np.unique(np.append(flat, 0), return_inverse=True)
+        found, index = np.unique(
+            np.append(flat, flat.dtype.type(0)), return_inverse=True
+        )
         return found[1:], index[:-1]
     is_used = np.zeros(largest + 1, bool)
     is_used[flat] = True
