@@ -1,0 +1,1 @@
+"""A model is a network and its passport; its files."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Normalization(BaseModel):
@@ -101,7 +103,8 @@ class Scaling:
 
         Parameters
         ----------
-        tile : array of shape (channel, *spatial), real, any byte order
+        tile : array of shape (channel, *spatial)
+            Real, in any byte order.
 
         Returns
         -------

@@ -188,8 +188,8 @@ def _monotone(config: UNetConfig) -> UNet:
             parameter.abs_()
             # Keep the signal near 1, so that no change is lost to rounding.
             if parameter.ndim > 1:
-                parameter += parameter.mean()
-                parameter /= parameter.sum() / len(parameter)
+                parameter.add_(parameter.mean())
+                parameter.div_(parameter.sum() / len(parameter))
     return network
 
 

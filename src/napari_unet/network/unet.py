@@ -148,7 +148,7 @@ class Up(nn.Module):
         conv = _conv(config.ndim)
         if self.kind == "transposed":
             transposed = nn.ConvTranspose2d if self.ndim == 2 else nn.ConvTranspose3d
-            self.conv: nn.Module = transposed(in_channels, out_channels, 2, stride=2)
+            self.conv: nn.Module = transposed(in_channels, out_channels, 2, 2)
         elif self.kind == "nearest":
             self.conv = conv(in_channels, out_channels, 2)
         elif self.kind == "pixel_shuffle":
@@ -160,23 +160,27 @@ class Up(nn.Module):
         """Upsample; only unpooling uses the encoder's ``size`` and ``indices``."""
         if self.kind == "nearest":
             x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-            return self.conv(functional.pad(x, [0, 1] * self.ndim))  # type: ignore[no-any-return]
+            x = functional.pad(x, [0, 1] * self.ndim)
+            return self._convolve(x)
         if self.kind == "bilinear":
             mode = "bilinear" if self.ndim == 2 else "trilinear"
             x = functional.interpolate(
                 x, scale_factor=2.0, mode=mode, align_corners=self.align_corners
             )
-            return self.conv(x)  # type: ignore[no-any-return]
-        x = self.conv(x)
+            return self._convolve(x)
+        x = self._convolve(x)
         if self.kind == "pixel_shuffle":
             return _pixel_shuffle(x)
         if self.kind == "unpool":
             assert indices is not None
-            unpool = (
-                functional.max_unpool2d if self.ndim == 2 else functional.max_unpool3d
-            )
-            return unpool(x, indices, 2, output_size=size)  # type: ignore[no-any-return]
+            if self.ndim == 2:
+                return functional.max_unpool2d(x, indices, 2, output_size=size)
+            return functional.max_unpool3d(x, indices, 2, output_size=size)
         return x
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        convolved: Tensor = self.conv(x)
+        return convolved
 
 
 class UNet(nn.Module):
@@ -275,10 +279,12 @@ class UNet(nn.Module):
         return logits
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        pool = functional.max_pool2d if self.config.ndim == 2 else functional.max_pool3d
+        is_2d = self.config.ndim == 2
         if self.config.upsampling == "unpool":
-            return pool(x, 2, return_indices=True)  # type: ignore[return-value]
-        return pool(x, 2), None
+            if is_2d:
+                return functional.max_pool2d_with_indices(x, 2)
+            return functional.max_pool3d_with_indices(x, 2)
+        return (functional.max_pool2d if is_2d else functional.max_pool3d)(x, 2), None
 
     def _check_valid(self, sides: list[int]) -> None:
         from napari_unet.network.receptive_field import receptive_field

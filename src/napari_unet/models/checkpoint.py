@@ -1,0 +1,219 @@
+"""Our file: safetensors with the passport, as JSON, in the header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from napari_unet.errors import BadModel
+from napari_unet.files.atomic import atomic_path
+from napari_unet.models.model import Model, Passport
+from napari_unet.network.unet import UNet, UNetConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "napari-unet 1"
+MAX_HEADER = 1_000_000  # bytes; a header of 10**5 tensors takes seconds to parse
+MAX_FILE = 8 << 30
+
+
+def save_model(model: Model, path: str | Path) -> Path:
+    """Write a model to a ``.safetensors`` file, atomically.
+
+    Parameters
+    ----------
+    model : Model
+        What to save.
+    path : path
+        The suffix ``.safetensors`` is added when missing.
+
+    Returns
+    -------
+    Path
+        Where it was written.
+
+    Raises
+    ------
+    BadOutput
+        If the file cannot be written; a previous one is left as it was.
+    BadModel
+        If the passport does not fit into the header.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.network.state_dict().items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(model.network.config.to_dict()),
+        "passport": model.passport.model_dump_json(),
+    }
+    metadata["sha256"] = _digest(tensors, metadata)
+    content = safetensors.torch.save(tensors, metadata)
+    if struct.unpack("<Q", content[:8])[0] > MAX_HEADER:
+        raise BadModel(
+            "The passport is too large for the file header (1 MB); shorten its "
+            "description, history or thumbnail."
+        )
+    with atomic_path(path) as temporary:
+        Path(temporary).write_bytes(content)
+    return path
+
+
+def read_model(path: str | Path) -> Model:
+    """Read a model from one of our ``.safetensors`` files.
+
+    Nothing in the file is executed. The header's size, the known keys, the
+    tensors' names, shapes and hash, and that all weights are finite are checked.
+
+    Parameters
+    ----------
+    path : path
+        Of the file.
+
+    Returns
+    -------
+    Model
+        On the CPU, in evaluation mode.
+
+    Raises
+    ------
+    BadModel
+        If the file is missing, broken, incomplete or not ours.
+    """
+    path = Path(path)
+    metadata = _metadata(path)
+    try:
+        config = UNetConfig.from_dict(json.loads(metadata["config"]))
+        passport = Passport.model_validate_json(metadata["passport"])
+    except (ValueError, TypeError, ValidationError) as error:
+        raise BadModel(
+            f"The header of {path.name} is damaged or was written by a newer "
+            f"napari-unet: {_first_line(error)}. Get the file again, or update."
+        ) from error
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadModel(
+            f"{path.name} is damaged ({_first_line(error)}). Get the file again."
+        ) from error
+    # Built without memory first, so that a forged header cannot claim gigabytes.
+    with torch.device("meta"):
+        network = UNet.from_config(config)
+    check_tensors(path.name, network, tensors)
+    if _digest(tensors, metadata) != metadata.get("sha256"):
+        raise BadModel(
+            f"{path.name} is damaged: its checksum does not match. Get it again."
+        )
+    network.load_state_dict(tensors, assign=True)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    return Model(network.eval(), passport)
+
+
+def model_sha256(model: Model) -> str:
+    """Return the hash that identifies a model: weights, configuration, passport."""
+    tensors = {name: t.detach().cpu() for name, t in model.network.state_dict().items()}
+    return _digest(
+        tensors,
+        {
+            "config": json.dumps(model.network.config.to_dict()),
+            "passport": model.passport.model_dump_json(),
+        },
+    )
+
+
+def check_tensors(file: str, network: UNet, tensors: dict[str, Tensor]) -> None:
+    """Raise `BadModel` unless the tensors are finite and those of the network."""
+    expected = network.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        have, want = tensors[name], expected[name]
+        if have.shape != want.shape:
+            shapes = f"{tuple(have.shape)} instead of {tuple(want.shape)}"
+            problems.append(f"{name} has shape {shapes}")
+        elif have.dtype != want.dtype:
+            problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise BadModel(
+            f"The weights in {file} do not fit its network: "
+            f"{'; '.join(problems[:5])}{more}. The file is damaged or mislabelled."
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise BadModel(
+                f"{file} has {count} non-finite values in {name}; its training "
+                "failed. Use an earlier checkpoint."
+            )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Read the header without interpreting anything beyond it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            header = file.read(length) if length <= MAX_HEADER else b""
+    except OSError as error:
+        raise BadModel(
+            f"Cannot read the checkpoint {path}: {error.strerror or error}. Check "
+            "the path."
+        ) from error
+    foreign = BadModel(
+        f"{path.name} is not a napari-unet checkpoint (.safetensors with a passport). "
+        "Choose one that napari-unet has written."
+    )
+    if length < 2 or length > MAX_HEADER or size > MAX_FILE or header[:1] != b"{":
+        raise foreign
+    if len(header) < length:
+        raise BadModel(
+            f"{path.name} is incomplete ({size} of at least {8 + length} bytes). "
+            "Get the file again."
+        )
+    try:
+        entries = json.loads(header)
+        metadata = entries.pop("__metadata__", {})
+        end = 8 + length + max(e["data_offsets"][1] for e in entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BadModel(
+            f"The header of {path.name} is damaged. Get the file again."
+        ) from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise foreign
+    if size < end:
+        raise BadModel(
+            f"{path.name} is incomplete ({size} of {end} bytes). Get the file again."
+        )
+    if not {"config", "passport"} <= metadata.keys():
+        raise foreign
+    return metadata
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in ("config", "passport"):
+        digest.update(metadata[key].encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else "empty"
