@@ -1,0 +1,232 @@
+"""Files that are either complete or not there: temporary file, fsync, replace."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import re
+import time
+import uuid
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from napari_unet.errors import BadOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_NAME_BYTES = 255
+
+# Why it failed, and what to do: the errors that a user can do something about.
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "your disk quota is used up; free some space or choose another "
+    "folder",
+    errno.EFBIG: "the file is too large for this disk or your limits; choose another "
+    "folder",
+    errno.EACCES: "you are not allowed to write there; choose another folder",
+    errno.EPERM: "you are not allowed to write there; choose another folder",
+    errno.EROFS: "the disk is read-only; choose another folder",
+    errno.ENOENT: "the folder does not exist; create it first",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+    errno.EISDIR: "there is a folder of that name; choose another name",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an error; choose another folder",
+}
+
+
+def bad_output(path: Path, error: OSError) -> BadOutput:
+    """Say in one sentence why a file could not be written.
+
+    Parameters
+    ----------
+    path : Path
+        What was to be written.
+    error : OSError
+        What the operating system said.
+
+    Returns
+    -------
+    BadOutput
+        The error to raise.
+    """
+    reason = _REASONS.get(error.errno or 0)
+    if reason is None and "requested and" in str(error):
+        # numpy reports a short write without an error number.
+        reason = _REASONS[errno.ENOSPC]
+    if reason is None:
+        reason = f"{error.strerror or error}; choose another folder"
+    return BadOutput(f"Cannot write {path}: {reason}.")
+
+
+def _host() -> str:
+    """Name this computer in eight letters: a folder may be shared by several."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+# .name.<host>-<pid>.<uuid>.part
+_PART = re.compile(r"^\..*\.([0-9a-f]{8})-(\d+)\.[0-9a-f]{32}\.part$", re.DOTALL)
+
+
+def _part_path(path: Path) -> Path:
+    """Return the name of a temporary file beside ``path`` that nobody else has."""
+    tail = f".{_host()}-{os.getpid()}.{uuid.uuid4().hex}.part"
+    # The name itself may already have all the bytes that the file system allows.
+    name = os.fsencode(path.name)[: MAX_NAME_BYTES - len(tail) - 1]
+    return path.with_name(f".{name.decode(errors='ignore')}{tail}")
+
+
+def _create(path: Path) -> None:
+    """Create an empty file that did not exist, never through a link."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    os.close(os.open(path, flags, 0o666))
+
+
+def _sync(path: Path) -> None:
+    """Wait until the contents of a file are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until a new name is on the disk, where the system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename, and on Windows wait for a virus scanner to let go of the file."""
+    deadline = time.monotonic() + (2 if os.name == "nt" else 0)
+    while True:
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file so that it appears complete or not at all.
+
+    Parameters
+    ----------
+    path : path-like
+        The file to make or to replace. Its folder must exist.
+
+    Yields
+    ------
+    Path
+        An empty temporary file in the same folder; write to it. At the end of the
+        block it is synced to the disk and takes the name ``path``. After any
+        exception it is removed, and what was at ``path`` is as before.
+
+    Raises
+    ------
+    BadOutput
+        When the disk is full, the folder cannot be written to, and so on; any
+        other exception of the block passes through.
+    """
+    path = Path(path)
+    part = _part_path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        _create(part)
+        try:
+            yield part
+            _sync(part)
+            _replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
+    except OSError as error:
+        raise bad_output(path, error) from error
+    _sync_folder(path.parent)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before a long computation whether its result can be written.
+
+    Parameters
+    ----------
+    path : path-like
+        An existing folder, or a file or folder that is to be made in an existing
+        one. A few bytes are written there and removed again.
+
+    Raises
+    ------
+    BadOutput
+        When that fails.
+    """
+    path = Path(path)
+    probe = _part_path(path / "probe" if path.is_dir() else path)
+    try:
+        _create(probe)
+        try:
+            probe.write_bytes(b"\0" * 4096)
+            _sync(probe)
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+    except OSError as error:
+        raise bad_output(path, error) from error
+
+
+def _is_abandoned(part: Path, pid: int) -> bool:
+    """Tell whether the process that made a temporary file is gone."""
+    try:
+        # A younger process of the same number is not the owner. The margin is for
+        # the resolution of the clocks.
+        return bool(psutil.Process(pid).create_time() > part.stat().st_mtime + 60)
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
+        return False
+
+
+def sweep(folder: str | os.PathLike[str]) -> list[Path]:
+    """Delete the temporary files that killed runs have left in a folder.
+
+    Only files named by :func:`atomic_path` on this computer whose process no
+    longer runs are deleted; subfolders are not searched.
+
+    Parameters
+    ----------
+    folder : path-like
+        Where to look.
+
+    Returns
+    -------
+    list of Path
+        What was deleted.
+    """
+    folder = Path(folder)
+    deleted = []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    for name in names:
+        match = _PART.match(name)
+        if match is None or match[1] != _host():
+            continue
+        part = folder / name
+        if part.is_file() and _is_abandoned(part, int(match[2])):
+            with suppress(OSError):
+                part.unlink()
+                deleted.append(part)
+    return deleted
