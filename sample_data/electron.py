@@ -33,13 +33,14 @@ def tissue(rng: Generator, shape: tuple[int, int]) -> np.ndarray:
     for grain, amplitude in ((45, 22), (15, 5), (5, 1.2)):
         pixels += amplitude * np.stack([field(rng, shape, grain) for _ in range(2)])
     _, nearest = cKDTree(np.array(seeds)).query(np.moveaxis(pixels, 0, -1))
+    nearest += 1
     depth = ndi.distance_transform_edt(~find_boundaries(nearest, mode="inner"))
     # An opening with a disc rounds the corners; half the membrane comes off as well.
     corner, membrane = 5.0, 1.2
     core = depth > corner + membrane
     distance, (rows, columns) = ndi.distance_transform_edt(~core, return_indices=True)
     is_cell = (distance <= corner) & (nearest[rows, columns] == nearest)
-    pieces = components(np.where(is_cell, nearest + 1, 0), connectivity=1)
+    pieces = components(np.where(is_cell, nearest, 0), connectivity=1)
     sizes = np.bincount(pieces.ravel())
     return np.where(sizes[pieces] < 120, 0, pieces)
 
