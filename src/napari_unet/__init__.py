@@ -1,1 +1,50 @@
-"""U-Net segmentation for napari."""
+"""U-Net segmentation for napari.
+
+The public names are imported when they are first used, so that importing the
+package loads neither torch nor Qt.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from napari_unet.inference.engine import predict
+    from napari_unet.inference.segment import segment
+    from napari_unet.models.checkpoint import save_model
+    from napari_unet.models.library import load_model
+    from napari_unet.models.model import Model
+    from napari_unet.network.unet import UNet, UNetConfig
+    from napari_unet.training.weight_map import border_weight_map
+
+_WHERE = {
+    "Model": "models.model",
+    "UNet": "network.unet",
+    "UNetConfig": "network.unet",
+    "border_weight_map": "training.weight_map",
+    "load_model": "models.library",
+    "predict": "inference.engine",
+    "save_model": "models.checkpoint",
+    "segment": "inference.segment",
+}
+
+__all__ = [
+    "Model",
+    "UNet",
+    "UNetConfig",
+    "border_weight_map",
+    "load_model",
+    "predict",
+    "save_model",
+    "segment",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("napari-unet")
+    if name in _WHERE:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
