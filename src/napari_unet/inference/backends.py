@@ -173,10 +173,11 @@ class Backend:
             half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
             with torch.autocast("cuda", dtype=half):
                 logits = self._network(tensor)
-        probabilities: NDArray[np.float32] = (
-            _probabilities(logits.float())[0].cpu().numpy()
-        )
-        return probabilities
+        logits = logits.float()
+        one = logits.shape[1] == 1
+        probabilities = logits.sigmoid() if one else logits.softmax(dim=1)
+        result: NDArray[np.float32] = probabilities[0].cpu().numpy()
+        return result
 
     @property
     def max_input_pixels(self) -> int:
