@@ -176,9 +176,13 @@ def _write(
                 f"{path} exists already; use --overwrite to replace it, or choose "
                 "another name."
             )
-        with tifffile.TiffWriter(
-            part, bigtiff=bigtiff, ome=as_ome, imagej=not as_ome, byteorder="<"
-        ) as writer:
+        # Opened here: tifffile does not close its file when the header fails.
+        with (
+            open(part, "wb") as file,
+            tifffile.TiffWriter(
+                file, bigtiff=bigtiff, ome=as_ome, imagej=not as_ome, byteorder="<"
+            ) as writer,
+        ):
             writer.write(data, **options)
     return path
 

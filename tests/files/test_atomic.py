@@ -1,0 +1,318 @@
+"""Files are complete or absent, whatever fails and whenever the process dies."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from napari_unet.errors import BadOutput
+from napari_unet.files import atomic
+from napari_unet.files.atomic import atomic_path, check_writable, sweep
+from napari_unet.files.outputs import write_labels
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir())
+
+
+def run_script(script: str, *arguments: object) -> dict:
+    """Run a script in a process of its own and return the JSON it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_file_appears_at_the_end_of_the_block(tmp_path):
+    target = tmp_path / "a.txt"
+    with atomic_path(target) as part:
+        part.write_text("new")
+        assert not target.exists()
+        assert part.parent == tmp_path
+        assert part.name.startswith(".a.txt.")
+        assert part.name.endswith(".part")
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_any_exception_leaves_the_old_file(tmp_path, error):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(error), atomic_path(target) as part:
+        part.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EACCES, "not allowed"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, "disk reports an error"),
+        (errno.EBUSY, "choose another folder"),
+    ],
+)
+def test_system_errors_say_what_to_do(tmp_path, number, words):
+    with (
+        pytest.raises(BadOutput, match=words) as caught,
+        atomic_path(tmp_path / "a.txt"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert str(tmp_path / "a.txt") in str(caught.value)
+    assert caught.value.exit_code == 4
+    assert names(tmp_path) == []
+
+
+def test_missing_folder_file_in_the_way_and_folder_of_that_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path, words in [
+        ("missing/a.txt", "folder does not exist"),
+        ("file/a.txt", "is a file, not a folder"),
+        ("folder", "there is a folder of that name"),
+        ("n" * 300, "too long"),
+    ]:
+        with pytest.raises(BadOutput, match=words), atomic_path(tmp_path / path):
+            pass
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_link_is_replaced_and_its_target_is_not(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    with atomic_path(tmp_path / "link") as part:
+        part.write_text("new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 251 + ".tif", "é" * 120 + ".tif", "🔬" * 62 + ".tif", "a\nb"]
+)
+def test_long_and_odd_names(tmp_path, name):
+    with atomic_path(tmp_path / name) as part:
+        part.write_text("new")
+        assert len(os.fsencode(part.name)) <= 255
+    assert (tmp_path / name).read_text() == "new"
+    assert names(tmp_path) == [name]
+
+
+def test_check_writable(tmp_path, monkeypatch):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new.tif")
+    (tmp_path / "old.tif").write_text("old")
+    check_writable(tmp_path / "old.tif")
+    assert names(tmp_path) == ["old.tif"]
+    with pytest.raises(BadOutput, match="does not exist"):
+        check_writable(tmp_path / "missing" / "new.tif")
+    with pytest.raises(BadOutput, match="is a file, not a folder"):
+        check_writable(tmp_path / "old.tif" / "new.tif")
+
+    def deny(*_args, **_kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # Root ignores the permissions of folders.
+    monkeypatch.setattr(atomic.os, "open", deny)
+    with pytest.raises(BadOutput, match="read-only"):
+        check_writable(tmp_path)
+
+
+def test_sweep_deletes_only_what_dead_processes_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        host, tail = atomic._host(), "0" * 32 + ".part"
+        stale = tmp_path / f".a.tif.{host}-{dead.pid}.{tail}"
+        kept = [
+            f".a.tif.{host}-{alive.pid}.{tail}",
+            f".a.tif.{host}-{os.getpid()}.{tail}",
+            # Of another computer that uses the folder: its processes are unknown.
+            f".a.tif.{'f' * 8}-{dead.pid}.{tail}",
+            ".someone-else.part",
+            f"a.tif.{host}-{dead.pid}.{tail}",
+            "a.tif",
+        ]
+        for name in [stale.name, *kept]:
+            (tmp_path / name).write_text("")
+        assert sweep(tmp_path) == [stale]
+        assert names(tmp_path) == sorted(kept)
+        # The number of a dead process is given to a new one.
+        reused = tmp_path / kept[0]
+        os.utime(reused, (1e9, 1e9))
+        assert sweep(tmp_path) == [reused]
+    finally:
+        alive.communicate(b"\n")
+    assert sweep(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_nth_failing_call_leaves_nothing_or_the_old_file(tmp_path, monkeypatch, old):
+    """Let each call that touches the disk fail in turn until none is left."""
+    labels = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64)
+    target = tmp_path / "labels.tif"
+    state = {"left": 0}
+    owners = {
+        "open": atomic.os,
+        "fsync": atomic.os,
+        "replace": atomic.os,
+        "write": tifffile.FileHandle,
+        "write_array": tifffile.FileHandle,
+        "flush": tifffile.FileHandle,
+    }
+    real = {name: getattr(owner, name) for name, owner in owners.items()}
+
+    def counted(name):
+        def call(*args, **kwargs):
+            state["left"] -= 1
+            if state["left"] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for nth in range(1, 1000):
+        target.unlink(missing_ok=True)
+        if old is not None:
+            target.write_bytes(old)
+        state["left"] = nth
+        with monkeypatch.context() as patch:
+            for name, owner in owners.items():
+                patch.setattr(owner, name, counted(name))
+            try:
+                write_labels(target, labels, axes="YX", pixel_size={}, overwrite=True)
+            except BadOutput as error:
+                assert "disk is full" in str(error)
+                failed = True
+            else:
+                failed = False
+        if state["left"] > 0:
+            break
+        if failed:
+            # Only after the replacement may a failure (of the folder's fsync) be
+            # ignored, so a failed write never has a new file.
+            assert names(tmp_path) == ([] if old is None else ["labels.tif"])
+            assert old is None or target.read_bytes() == old
+        else:
+            assert np.array_equal(tifffile.imread(target), labels)
+    else:
+        pytest.fail("the write never succeeded")
+    assert nth > 6
+    assert np.array_equal(tifffile.imread(target), labels)
+
+
+@posix
+def test_disk_that_is_full_after_n_bytes(tmp_path):
+    """The kernel itself refuses to write more: no partial and no torn file."""
+    result = run_script(
+        """
+        import json, pathlib, resource, signal, sys
+        import numpy as np
+        from napari_unet.errors import BadOutput
+        from napari_unet.files.outputs import write_labels, write_probabilities
+
+        folder = pathlib.Path(sys.argv[1])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        random = np.random.default_rng(0)
+        labels = random.integers(0, 2**20, (3, 50, 60))
+        target = folder / "labels.tif"
+        write_labels(target, labels, axes="ZYX", pixel_size={})
+        whole = target.read_bytes()
+        refused, messages = 0, set()
+        for limit in range(0, len(whole) + 200, 97):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            other = labels + 1 if limit % 2 else labels
+            try:
+                write_labels(target, other, axes="ZYX", pixel_size={}, overwrite=True)
+            except BadOutput as error:
+                refused += 1
+                messages.add(str(error).partition(": ")[2])
+                assert target.read_bytes() == whole, limit
+            else:
+                whole = target.read_bytes()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            assert [p.name for p in folder.iterdir()] == ["labels.tif"], limit
+        print(json.dumps([refused, len(whole), sorted(messages)]))
+        """,
+        tmp_path,
+    )
+    refused, size, messages = result
+    assert refused == pytest.approx(size / 97, abs=25)
+    assert messages
+    for message in messages:
+        assert "choose another folder" in message
+
+
+@posix
+def test_killed_writer_leaves_a_complete_file(tmp_path):
+    """Forty writers are killed at random moments; the file is always one of two."""
+    kills = 40
+    result = run_script(
+        """
+        import json, os, pathlib, random, signal, sys, time
+        import numpy as np
+        import tifffile
+        from napari_unet.files.atomic import sweep
+        from napari_unet.files.outputs import write_labels
+
+        folder, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+        target = folder / "labels.tif"
+        versions = [
+            np.random.default_rng(i).integers(0, 60000, (4, 200, 200)) for i in (0, 1)
+        ]
+
+        def write(version):
+            write_labels(
+                target, versions[version], axes="ZYX", pixel_size={}, overwrite=True
+            )
+
+        write(0)
+        expected = [target.read_bytes()]
+        write(1)
+        expected.append(target.read_bytes())
+        random.seed(0)
+        torn = stray = left = 0
+        seen = set()
+        for _ in range(kills):
+            child = os.fork()
+            if child == 0:
+                for i in range(10**6):
+                    write(i % 2)
+            time.sleep(random.uniform(0.005, 0.08))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            content = target.read_bytes()
+            torn += content not in expected
+            seen.add(expected.index(content) if content in expected else -1)
+            stray += len(list(folder.iterdir())) - 1
+            sweep(folder)
+            left += len(list(folder.iterdir())) - 1
+        print(json.dumps([torn, stray, left, sorted(seen)]))
+        """,
+        tmp_path,
+        kills,
+    )
+    torn, stray, left, seen = result
+    assert torn == 0
+    assert left == 0
+    # The kills did hit writers at work.
+    assert stray > 0
+    assert seen == [0, 1]
