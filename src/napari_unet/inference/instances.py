@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import cc3d
@@ -163,3 +163,85 @@ def label_classes(
             labels[found > 0] = found[found > 0].astype(np.uint32) + offset
             object_classes += [index] * int(found.max(initial=0))
     return labels, np.array(object_classes, dtype=np.intp)
+
+
+def describe_objects(
+    labels: NDArray, probabilities: NDArray, object_classes: NDArray
+) -> dict[str, NDArray]:
+    """Measure the objects of one plane or volume.
+
+    Parameters
+    ----------
+    labels : array of shape spatial
+        From `label_classes`.
+    probabilities : array of shape (class, *spatial)
+        What they were made of.
+    object_classes : int array of shape (n,)
+        From `label_classes`.
+
+    Returns
+    -------
+    dict of str to array of length n
+        "class", "size" in pixels, "mean_probability" and "centroid" (n, ndim).
+    """
+    count = len(object_classes)
+    if not count:
+        empty = np.zeros(0)
+        centroid = np.zeros((0, labels.ndim))
+        names = ("class", "size", "mean_probability")
+        return dict.fromkeys(names, empty) | {"centroid": centroid}
+    statistics = cc3d.statistics(labels, no_slice_conversion=True)
+    scale = 255 if probabilities.dtype == np.uint8 else 1
+    total = np.bincount(
+        labels.ravel(),
+        weights=probabilities.sum(axis=0, dtype=np.float32).ravel() / scale,
+    )
+    sizes = np.asarray(statistics["voxel_counts"], dtype=np.int64)
+    return {
+        "class": object_classes,
+        "size": sizes[-count:],
+        "mean_probability": total[-count:] / sizes[-count:],
+        "centroid": np.asarray(statistics["centroids"])[-count:],
+    }
+
+
+@dataclass
+class ObjectTable:
+    """One row for each object of an image, plane after plane.
+
+    Parameters
+    ----------
+    columns : dict of str to list
+        "label", "class", "size", "mean_probability", and the loop axes' and the
+        centroid's positions by axis letter.
+    """
+
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(
+        self, rows: dict[str, NDArray], first_label: int, place: dict[str, int]
+    ) -> None:
+        """Append the objects of one plane or volume.
+
+        Parameters
+        ----------
+        rows : dict
+            From `describe_objects`.
+        first_label : int
+            The objects are numbered from here.
+        place : dict of str to int
+            Where the plane is.
+        """
+        count = len(rows["size"])
+        spatial = "ZYX"[-rows["centroid"].shape[1] :]
+        columns = {
+            "label": np.arange(first_label, first_label + count),
+            **{axis: np.full(count, index) for axis, index in place.items()},
+            **{axis: rows["centroid"][:, i] for i, axis in enumerate(spatial)},
+            **{name: rows[name] for name in ("size", "mean_probability", "class")},
+        }
+        for name, values in columns.items():
+            self.columns.setdefault(name, []).extend(values.tolist())
+
+    def __len__(self) -> int:
+        return len(self.columns.get("label", ()))

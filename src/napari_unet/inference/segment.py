@@ -42,9 +42,14 @@ class Numbering:
         self.count = 0
         self.object_classes: list[int] = []
 
+    @property
+    def next_label(self) -> int:
+        """The number of the next object."""
+        return self._first + self.count
+
     def renumber(self, labels: NDArray, object_classes: NDArray) -> NDArray:
         """Continue the numbers of the planes before; widen the dtype if needed."""
-        largest = self._first + self.count + len(object_classes)
+        largest = self.next_label + len(object_classes)
         dtype = np.uint32 if largest < 2**32 else np.uint64
         is_object = labels >= self._first
         numbered = labels.astype(dtype)

@@ -1,0 +1,171 @@
+"""Probabilities kept after a run, so that objects can be made of them again."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import psutil
+import zarr
+
+from napari_unet.inference.engine import PredictOptions, Predictor
+from napari_unet.inference.instances import (
+    ObjectSettings,
+    ObjectTable,
+    describe_objects,
+    label_classes,
+)
+from napari_unet.inference.segment import Numbering, foreground
+from napari_unet.steps import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from numpy.typing import NDArray
+
+    from napari_unet.models.model import Model
+
+MAX_BYTES = 2 << 30  # of probabilities in memory; beyond, a temporary zarr
+
+
+class ProbabilityStore:
+    """uint8 probabilities of an image's foreground classes, 255 meaning 1.
+
+    What no run has covered is 0, so that slices and views can be added one
+    after the other.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (class without background, *axes of the image without channels).
+    axes : str
+        Letters of the axes after the first.
+    loop : str
+        Those that the network goes through one by one.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axes: str, loop: str):
+        self.shape = shape
+        self.axes = axes
+        self._loop = loop
+        self._covered: set[tuple[int, ...]] = set()
+        self._folder: tempfile.TemporaryDirectory | None = None
+        limit = min(MAX_BYTES, psutil.virtual_memory().available // 4)
+        self.data: Any
+        if math.prod(shape) <= limit:
+            self.data = np.zeros(shape, dtype=np.uint8)
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="napari-unet-")
+            chunks = tuple(
+                1 if axis in loop else min(512 if len(axes) - len(loop) == 2 else 64, n)
+                for axis, n in zip(axes, shape[1:], strict=True)
+            )
+            self.data = zarr.create_array(
+                store=self._folder.name,
+                shape=shape,
+                chunks=(1, *chunks),
+                dtype="uint8",
+            )
+
+    def fill_steps(self, predictor: Predictor) -> Generator[Progress, None, None]:
+        """Predict and keep what the predictor's region covers."""
+        region = predictor.region
+        for index, unit in enumerate(predictor.units):
+            probabilities = yield from predictor.unit_steps(index)
+            found = predictor.to_output(foreground(probabilities))
+            quantised = np.rint(found * 255).astype(np.uint8)
+            place = tuple(
+                unit[axis] if axis in unit else region[axis] for axis in self.axes
+            )
+            self.data[(slice(None), *place)] = quantised
+            self._covered.add(tuple(unit[axis] for axis in self._loop))
+
+    def label_steps(
+        self, model: Model, settings: ObjectSettings
+    ) -> Generator[Progress, None, tuple[NDArray, ObjectTable]]:
+        """Make objects of everything that is covered.
+
+        Parameters
+        ----------
+        model : Model
+            Says which classes are objects.
+        settings : ObjectSettings
+            How objects are made.
+
+        Yields
+        ------
+        Progress
+            Over the planes or volumes.
+
+        Returns
+        -------
+        labels : unsigned integer array
+            Shape of the image without channels.
+        table : ObjectTable
+            One row for each object.
+        """
+        labels = np.zeros(self.shape[1:], dtype=np.uint32)
+        numbering = Numbering(model.passport)
+        table = ObjectTable()
+        for done, where in enumerate(sorted(self._covered)):
+            yield Progress(done, len(self._covered), "making objects")
+            unit = dict(zip(self._loop, where, strict=True))
+            place = tuple(unit.get(axis, slice(None)) for axis in self.axes)
+            probabilities = np.asarray(self.data[(slice(None), *place)])
+            found, classes = label_classes(probabilities, model.passport, settings)
+            first = numbering.next_label
+            part = numbering.renumber(found, classes)
+            if part.dtype != labels.dtype:
+                labels = labels.astype(part.dtype)
+            labels[place] = part
+            table.add(
+                describe_objects(found, probabilities, classes),
+                first,
+                dict(zip(self._loop, where, strict=True)),
+            )
+        return labels, table
+
+
+def segment_into_steps(
+    store: ProbabilityStore | None,
+    image: Any,
+    model: Model,
+    settings: ObjectSettings,
+    **options: Unpack[PredictOptions],
+) -> Generator[Progress, None, tuple[ProbabilityStore, NDArray, ObjectTable]]:
+    """Segment an image, or a part of it, so that it can be thresholded again.
+
+    Parameters
+    ----------
+    store : ProbabilityStore or None
+        Of the same image and model, to add to it; None makes a new one.
+    image, model, **options
+        See `predict`.
+    settings : ObjectSettings
+        How objects are made.
+
+    Yields
+    ------
+    Progress
+
+    Returns
+    -------
+    store : ProbabilityStore
+        The planes that a cancelled run has finished stay in it.
+    labels, table
+        See `ProbabilityStore.label_steps`.
+    """
+    predictor = Predictor(image, model, **options)
+    try:
+        source = predictor.source
+        if store is None:
+            classes = max(1, model.network.config.num_classes - 1)
+            sides = [source.size(axis) for axis in source.output_axes]
+            store = ProbabilityStore((classes, *sides), source.output_axes, source.loop)
+        yield from store.fill_steps(predictor)
+        labels, table = yield from store.label_steps(model, settings)
+        return store, labels, table
+    finally:
+        predictor.close()
