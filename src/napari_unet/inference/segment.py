@@ -79,6 +79,22 @@ def segment_steps(
     image: Any, model: Model, **options: Unpack[SegmentOptions]
 ) -> Generator[Progress, None, NDArray]:
     """Segment an image; see `segment`."""
+    labels, _ = yield from _steps(image, model, options, keep=False)
+    return labels
+
+
+def segment_and_predict_steps(
+    image: Any, model: Model, **options: Unpack[SegmentOptions]
+) -> Generator[Progress, None, tuple[NDArray, NDArray[np.float32]]]:
+    """Do what `segment` and `predict` do, with one pass of the network."""
+    labels, probabilities = yield from _steps(image, model, options, keep=True)
+    assert probabilities is not None
+    return labels, probabilities
+
+
+def _steps(
+    image: Any, model: Model, options: SegmentOptions, *, keep: bool
+) -> Generator[Progress, None, tuple[NDArray, NDArray[np.float32] | None]]:
     settings = ObjectSettings.recommended(model.passport)
     for name in ("threshold", "minimal_size", "split_touching"):
         value = options.pop(name, None)  # type: ignore[misc]
@@ -88,15 +104,19 @@ def segment_steps(
     numbering = Numbering(model.passport)
     try:
         result = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
+        kept = np.empty(predictor.output_shape, dtype=np.float32) if keep else None
         for index, unit in enumerate(predictor.units):
             probabilities = yield from predictor.unit_steps(index)
+            place = predictor.place(unit)
+            if kept is not None:
+                kept[(slice(None), *place)] = predictor.to_output(probabilities)
             labels = numbering.renumber(
                 *label_classes(foreground(probabilities), model.passport, settings)
             )
             if labels.dtype != result.dtype:
                 result = result.astype(labels.dtype)
-            result[predictor.place(unit)] = predictor.to_output(labels[None])[0]
-        return result
+            result[place] = predictor.to_output(labels[None])[0]
+        return result, kept
     finally:
         predictor.close()
 
