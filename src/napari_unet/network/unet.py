@@ -73,16 +73,24 @@ class UNetConfig:
     align_corners: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "num_classes", "depth", "base_channels"):
-            _check(isinstance(getattr(self, name), int), name, self)
-            _check(1 <= getattr(self, name) <= 4096, name, self)
-        _check(self.depth <= 8, "depth", self)
-        _check(self.convs_per_level in range(1, 9), "convs_per_level", self)
+        for name, largest in (
+            ("in_channels", 4096),
+            ("num_classes", 4096),
+            ("depth", 8),
+            ("base_channels", 4096),
+            ("convs_per_level", 8),
+            ("ndim", 3),
+        ):
+            value = getattr(self, name)
+            _check(type(value) is int and 1 <= value <= largest, name, self)
+        for name in ("skip_connections", "align_corners"):
+            _check(isinstance(getattr(self, name), bool), name, self)
         _check(self.padding in get_args(Padding), "padding", self)
         _check(self.upsampling in get_args(Upsampling), "upsampling", self)
         _check(self.norm in (*get_args(Norm), None), "norm", self)
-        _check(0 <= self.dropout < 1, "dropout", self)
-        _check(self.ndim in (2, 3), "ndim", self)
+        is_number = isinstance(self.dropout, int | float)
+        _check(is_number and 0 <= self.dropout < 1, "dropout", self)
+        _check(self.ndim > 1, "ndim", self)
         if self.upsampling == "unpool" and self.padding == "valid":
             raise BadModel(
                 "upsampling='unpool' needs padding='same': the maxima of a valid "
@@ -93,6 +101,12 @@ class UNetConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of every level, from the finest to the bottom."""
         return tuple(self.base_channels << level for level in range(self.depth + 1))
+
+    @property
+    def smallest_side(self) -> int:
+        """Side to which a padded network extends smaller images."""
+        # A group or instance has no variance in a single pixel at the bottom.
+        return (2 if self.norm in ("group", "instance") else 1) << self.depth
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain data."""
@@ -249,7 +263,7 @@ class UNet(nn.Module):
         config = self.config
         wanted = list(image.shape[2:])
         if config.padding == "same":
-            x = _pad_to(image, [max(side, 1 << config.depth) for side in wanted])
+            x = _pad_to(image, [max(side, config.smallest_side) for side in wanted])
         else:
             self._check_valid(wanted)
             x = image
