@@ -66,7 +66,11 @@ def read_tiff(path: Path) -> Source:
         if not len(tiff.pages):
             raise BadInput(f"{path.name} holds no image.")
         ome = None
-        if tiff.is_ome and tiff.ome_metadata is not None:
+        if tiff.ome_metadata is None and "<OME" in tiff.pages.first.description[:4096]:
+            raise BadInput(
+                f"{path.name}: its OME-XML header is cut off; get a fresh copy."
+            )
+        if tiff.ome_metadata is not None:
             # Before ``series``, which opens the files that the header names.
             ome = tiff_metadata.read_ome(tiff.ome_metadata, path)
         series = tiff.series[0]
@@ -178,6 +182,9 @@ def _settle_samples(
     for letter in "TCZ":
         first = axes.find(letter)
         axes = axes[: first + 1] + axes[first + 1 :].replace(letter, UNNAMED)
+    for letter in "YX":
+        last = axes.rfind(letter)
+        axes = axes[:last].replace(letter, UNNAMED) + axes[last:]
     sample = axes.find("S")
     if sample < 0 or data.shape[sample] == 1:
         return data, axes

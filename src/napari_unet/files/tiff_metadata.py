@@ -135,8 +135,8 @@ def read_ome(xml: str, path: Path) -> OmeFile:
     images = list(_find(root, "Image"))
     pixels = [next(_find(image, "Pixels"), None) for image in images]
     described = [p for p in pixels if p is not None]
-    for attributes in (p.attrib for p in described):
-        _check_counts(path, [attributes.get(f"Size{a}", "1") for a in "XYZCT"])
+    for element in described:
+        _check_sizes(path, element.attrib)
     if not described:
         return OmeFile()
     return OmeFile(
@@ -151,12 +151,23 @@ def _find(parent: ElementTree.Element, name: str) -> Iterator[ElementTree.Elemen
     return (e for e in parent if str(e.tag).rpartition("}")[2] == name)
 
 
-def _check_counts(path: Path, values: list[str]) -> None:
-    for value in values:
-        if not re.fullmatch(r"\s*\d{1,9}\s*", value) or int(value) < 1:
+def _check_sizes(path: Path, attributes: dict[str, str]) -> None:
+    """Refuse an image of impossible size before tifffile makes lists for it."""
+    planes = 1
+    for axis in "XYZCT":
+        value = attributes.get(f"Size{axis}", "1")
+        if not re.fullmatch(r"\d{1,9}", value) or int(value) < 1:
             raise BadInput(
-                f"{path.name}: its OME-XML header declares an axis of length {value!r}."
+                f"{path.name}: its OME-XML header declares an axis {axis} of length "
+                f"{value[:20]!r}."
             )
+        planes *= int(value) if axis in "ZCT" else 1
+    order = attributes.get("DimensionOrder", "")
+    if planes > MAX_PLANES or sorted(order) != sorted("XYZCT"):
+        raise BadInput(
+            f"{path.name}: its OME-XML header declares {planes} planes in the order "
+            f"{order[:20]!r}; save the image again as OME-TIFF."
+        )
 
 
 def _check_companions(root: ElementTree.Element, path: Path) -> None:
