@@ -98,7 +98,9 @@ def read_model(path: str | Path) -> Model:
     try:
         config = UNetConfig.from_dict(json.loads(metadata["config"]))
         passport = Passport.model_validate_json(metadata["passport"])
-    except (ValueError, TypeError, ValidationError) as error:
+    except BadModel as error:
+        raise BadModel(f"{path.name} cannot be used. {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise BadModel(
             f"The header of {path.name} is damaged or was written by a newer "
             f"napari-unet: {_first_line(error)}. Get the file again, or update."
@@ -190,7 +192,14 @@ def _metadata(path: Path) -> dict[str, str]:
         entries = json.loads(header)
         metadata = entries.pop("__metadata__", {})
         end = 8 + length + max(e["data_offsets"][1] for e in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
         raise BadModel(
             f"The header of {path.name} is damaged. Get the file again."
         ) from error
@@ -216,4 +225,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else "empty"

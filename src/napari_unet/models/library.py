@@ -46,8 +46,7 @@ def load_model(name_or_path: str | Path) -> Model:
     Parameters
     ----------
     name_or_path : str or path
-        A name in the library, or the path of a checkpoint. A name without
-        folder and suffix always means the library.
+        A name in the library, which comes first, or the path of a checkpoint.
 
     Returns
     -------
@@ -62,7 +61,7 @@ def load_model(name_or_path: str | Path) -> Model:
     if str(name_or_path) in models:
         return read_model(models[str(name_or_path)])
     path = Path(name_or_path).expanduser()
-    if not path.suffix and len(path.parts) == 1 and not path.exists():
+    if not path.suffix and len(path.parts) == 1 and not path.is_file():
         names = ", ".join(models) or "none"
         raise BadModel(
             f"There is no model {str(name_or_path)!r} in the library (there are: "

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+LARGEST = 1e6  # a normalised value of an image is near 0 to 1
+
+
 class Normalization(BaseModel):
     """How intensities are brought to the range a network was trained on.
 
@@ -78,8 +81,10 @@ class Normalization(BaseModel):
         return float(low), 1.0 / spread if spread > 0 else 0.0, median
 
     def _percentiles(self, values: NDArray) -> NDArray:
-        if values.dtype.kind in "iu" and values.dtype.itemsize > 4:
-            values = values.astype(np.float64)
+        # Between signed values far apart, numpy's differences wrap around.
+        if values.dtype.kind == "i" or values.dtype.itemsize > 4:
+            small = values.dtype.itemsize < 4
+            values = values.astype(np.float32 if small else np.float64)
         percentiles: NDArray = np.percentile(values, [self.lower, self.upper])
         return percentiles
 
@@ -122,4 +127,7 @@ class Scaling:
                 values = np.where(bad, fill, values)
         offset = self.offset.reshape(shape).astype(values.dtype)
         gain = self.gain.reshape(shape).astype(values.dtype)
-        return ((values - offset) * gain).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scaled = (values - offset) * gain
+        # The largest float is a common mark for "no data"; it must not overflow.
+        return np.clip(scaled, -LARGEST, LARGEST, out=scaled).astype(np.float32)
