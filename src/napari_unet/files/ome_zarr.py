@@ -273,10 +273,16 @@ def _load(
     check_fits(path, math.prod(chunks.chunks) * itemsize, "one chunk")
     if nbytes > memory_budget():
         return lazy_array(path, chunks, "auto")
-    missing = array.nchunks - array.nchunks_initialized
-    if missing:
+    # zarr counts a shard as so many chunks, also where it juts out of the image.
+    stored = array.nchunks_initialized
+    stored //= math.prod(chunks.chunks) // math.prod(array.chunks)
+    total = math.prod(
+        -(-length // side)
+        for length, side in zip(array.shape, chunks.chunks, strict=True)
+    )
+    if stored < total:
         notes.append(
-            f"{missing} of {array.nchunks} chunks are not stored; they are read as "
+            f"{total - stored} of {total} chunks are not stored; they are read as "
             f"{array.fill_value}."
         )
     data = chunks[...]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Order in which ImageJ stores a hyperstack; OME-TIFF is written in it, too.
 STACK_AXES = "TZCYX"
+IMAGEJ_AXES = "TZCYXS"
 
 # Classic TIFF has 32-bit addresses; the margin is for headers and metadata.
 CLASSIC_BYTES = 2**32 - 2**25
@@ -168,6 +169,10 @@ def _write(
     )
     describe = _ome_metadata if as_ome else _imagej_metadata
     options |= describe(data, axes, pixel_size, metadata)
+    if not as_ome:
+        # With fewer axes tifffile takes an X of length 1 for the samples.
+        lengths = dict(zip(axes, data.shape, strict=True))
+        data = data.reshape([lengths.get(axis, 1) for axis in IMAGEJ_AXES])
     with atomic_path(path) as part:
         # Checked here, last, so that the time for another program to make the
         # file is short; the block also says why when the folder is missing.
@@ -225,7 +230,7 @@ def _imagej_metadata(
     pixel_size: Mapping[str, float],
     metadata: dict[str, Any],
 ) -> dict[str, Any]:
-    described: dict[str, Any] = {"axes": axes}
+    described: dict[str, Any] = {"axes": IMAGEJ_AXES}
     if "Description" in metadata:
         described["Info"] = metadata["Description"]
     if "Channel" in metadata:

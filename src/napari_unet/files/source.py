@@ -206,7 +206,8 @@ def lazy_array(
     path: Path, source: Any, chunks: tuple[int, ...] | str
 ) -> dask.array.Array:
     """Make a dask array of whatever has a shape, a dtype and slicing."""
-    array: dask.array.Array = dask.array.from_array(  # type: ignore[no-untyped-call]
+    from_array: Any = dask.array.from_array
+    array: dask.array.Array = from_array(
         source,
         chunks=chunks,
         # Not the contents: to hash them is to read them.
