@@ -8,7 +8,7 @@ setup:
 	@bash .ci/setup
 
 demo: setup
-	@bash .ci/display .venv/bin/python -m napari_unet.demo
+	@bash .ci/display .venv/bin/python -m napari_unet.widgets.demo
 
 test: setup
 	@bash .ci/display .venv/bin/python -m pytest -m "not slow" $(ARGS)

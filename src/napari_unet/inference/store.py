@@ -84,7 +84,7 @@ class ProbabilityStore:
 
     def label_steps(
         self, model: Model, settings: ObjectSettings
-    ) -> Generator[Progress, None, tuple[NDArray, ObjectTable]]:
+    ) -> Generator[Progress, None, tuple[ProbabilityStore, NDArray, ObjectTable]]:
         """Make objects of everything that is covered.
 
         Parameters
@@ -101,6 +101,8 @@ class ProbabilityStore:
 
         Returns
         -------
+        store : ProbabilityStore
+            This one.
         labels : unsigned integer array
             Shape of the image without channels.
         table : ObjectTable
@@ -125,7 +127,7 @@ class ProbabilityStore:
                 first,
                 dict(zip(self._loop, where, strict=True)),
             )
-        return labels, table
+        return self, labels, table
 
 
 def segment_into_steps(
@@ -152,10 +154,9 @@ def segment_into_steps(
 
     Returns
     -------
-    store : ProbabilityStore
-        The planes that a cancelled run has finished stay in it.
-    labels, table
-        See `ProbabilityStore.label_steps`.
+    store, labels, table
+        See `ProbabilityStore.label_steps`. The planes that a cancelled run has
+        finished stay in the store.
     """
     predictor = Predictor(image, model, **options)
     try:
@@ -165,7 +166,6 @@ def segment_into_steps(
             sides = [source.size(axis) for axis in source.output_axes]
             store = ProbabilityStore((classes, *sides), source.output_axes, source.loop)
         yield from store.fill_steps(predictor)
-        labels, table = yield from store.label_steps(model, settings)
-        return store, labels, table
+        return (yield from store.label_steps(model, settings))
     finally:
         predictor.close()

@@ -193,6 +193,20 @@ class Model:
         """Why tiles are blended instead of exact, as a clause; None if exact."""
         return inexact_reason(self.network)
 
+    def describe(self) -> str:
+        """Say in one line what the model finds, and how well."""
+        passport = self.passport
+        parts = [", ".join(info.name for info in passport.classes[1:])]
+        parts.append("2D" if self.ndim == 2 else "3D")
+        if passport.pixel_size is not None:
+            parts.append(f"{passport.pixel_size[-1]:.3g} µm")
+        elif passport.object_diameter is not None:
+            parts.append(f"objects of about {passport.object_diameter:.0f} pixels")
+        scores = passport.history[-1].scores if passport.history else {}
+        if "AP@0.5" in scores:
+            parts.append(f"AP {scores['AP@0.5']:.2f}")
+        return " · ".join(parts)
+
     def rescaling(self, pixel_size: dict[str, float]) -> tuple[float, ...] | None:
         """Return by how much an image is rescaled to the model's pixel size.
 

@@ -66,7 +66,7 @@ class Normalization(BaseModel):
         if values.dtype.kind == "b" or values.dtype == np.float16:
             values = values.astype(np.float32)  # half sums and differences overflow
         if not values.size:
-            return 0.0, 0.0, 0.0
+            return 0.0, 0.0, np.nan
         median = float(np.median(values))
         if self.method == "fixed":
             low, high = self.lower, self.upper
@@ -96,7 +96,7 @@ class Scaling:
     Parameters
     ----------
     offset, gain, fill : float64 array of shape (channel,)
-        ``fill`` is the median of the finite pixels.
+        ``fill`` is the median of the finite pixels, NaN if there are none.
     """
 
     offset: NDArray[np.float64]
@@ -123,8 +123,8 @@ class Scaling:
         if values.dtype.kind == "f" and tile.dtype.kind == "f":
             bad = ~np.isfinite(values)
             if bad.any():
-                fill = np.broadcast_to(self.fill.reshape(shape), values.shape)
-                values = np.where(bad, fill, values)
+                fill = np.nan_to_num(self.fill).reshape(shape)
+                values = np.where(bad, fill.astype(values.dtype), values)
         offset = self.offset.reshape(shape).astype(values.dtype)
         gain = self.gain.reshape(shape).astype(values.dtype)
         with np.errstate(over="ignore"):

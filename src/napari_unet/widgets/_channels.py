@@ -1,0 +1,103 @@
+"""Which channel of which layer each input channel of the model gets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+import numpy as np
+from qtpy.QtWidgets import QComboBox, QFormLayout
+
+from napari_unet.errors import BadInput
+from napari_unet.widgets._layers import image_array, image_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import napari.viewer
+    from napari.layers import Image
+
+    from napari_unet.models.model import Model
+
+
+class ChannelChoosers:
+    """One row for each input channel that cannot be known without asking.
+
+    An image with a channel axis offers its channels; without one, a model with
+    several channels takes them from several layers.
+
+    Parameters
+    ----------
+    form : QFormLayout
+        Rows are inserted here, after those that are there now.
+    on_change : callable
+    """
+
+    def __init__(self, form: QFormLayout, on_change: Callable[[], None]):
+        self._form = form
+        self._row = form.rowCount()
+        self._on_change = on_change
+        self._boxes: list[QComboBox] = []
+        self._shown: object = None
+
+    def update(
+        self,
+        viewer: napari.viewer.Viewer,
+        layer: Image | None,
+        axes: str,
+        model: Model | None,
+    ) -> None:
+        """Show the rows that this image and model need."""
+        names: tuple[str, ...] = () if model is None else model.passport.channels
+        options: list[tuple[str, Any]] = []
+        if layer is not None and "S" not in axes:
+            count = 1
+            if "C" in axes and len(axes) == layer.ndim:
+                count = image_array(layer).shape[axes.index("C")]
+                if count != len(names):
+                    options = [(f"channel {i + 1}", i) for i in range(count)]
+            elif len(names) > 1:
+                shape = image_array(layer).shape
+                options = [
+                    (other.name, other)
+                    for other in image_layers(viewer)
+                    if image_array(other).shape == shape
+                ]
+        wanted = (names, options)
+        if wanted == self._shown:
+            return
+        self._shown = wanted
+        for box in self._boxes:
+            self._form.removeRow(box)
+        self._boxes = []
+        for index, name in enumerate(names if options else ()):
+            box = QComboBox()
+            for text, data in options:
+                box.addItem(text, data)
+            items = [data for _, data in options]
+            mine = items.index(layer) if layer in items else 0
+            box.setCurrentIndex((mine + index) % len(options))
+            box.setToolTip(f"What the model gets as its channel {name!r}.")
+            box.currentIndexChanged.connect(lambda _: self._on_change())
+            self._form.insertRow(self._row + index, name, box)
+            self._boxes.append(box)
+
+    @property
+    def chosen(self) -> tuple[object, ...]:
+        """Channel numbers or layers, in the model's order."""
+        return tuple(box.currentData() for box in self._boxes)
+
+    def resolve(self, image: Any, axes: str) -> tuple[Any, str, list[int] | None]:
+        """Return the image, its axes and the chosen channels for the engine."""
+        chosen = list(self.chosen)
+        if not chosen:
+            return image, axes, None
+        numbers = [item for item in chosen if isinstance(item, int)]
+        if numbers:
+            return image, axes, numbers
+        arrays = [image_array(layer) for layer in chosen]
+        if any(array.shape != image.shape for array in arrays):
+            raise BadInput("The channel layers differ in size; choose others.")
+        lazy = not all(isinstance(array, np.ndarray) for array in arrays)
+        stacked = da.stack(arrays) if lazy else np.stack(arrays)
+        return stacked, "C" + axes, None

@@ -1,0 +1,154 @@
+"""The look that all docks share."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import (
+    QFormLayout,
+    QFrame,
+    QHBoxLayout,
+    QLabel,
+    QProgressBar,
+    QPushButton,
+    QScrollArea,
+    QSizePolicy,
+    QVBoxLayout,
+    QWidget,
+)
+
+from napari_unet.steps import Progress  # noqa: TC001 (Qt slots)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Dock(QScrollArea):
+    """A scrollable column of rows with labels on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setWidgetResizable(True)
+        self.setFrameShape(QFrame.Shape.NoFrame)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.setMinimumWidth(320)
+        body = QWidget()
+        self.column = QVBoxLayout(body)
+        self.column.setContentsMargins(8, 8, 8, 8)
+        self.column.setSpacing(6)
+        self.setWidget(body)
+
+    def add_form(self) -> QFormLayout:
+        """Append rows with labels on the left, fields filling the width."""
+        form = QFormLayout()
+        form.setContentsMargins(0, 0, 0, 0)
+        form.setSpacing(6)
+        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+        form.setLabelAlignment(
+            Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter
+        )
+        self.column.addLayout(form)
+        return form
+
+
+def when_destroyed(widget: QWidget, action: Callable[[], object]) -> None:
+    """Call an action when Qt deletes a widget.
+
+    A method of the widget itself would not be called any more: so this takes a
+    function.
+    """
+    widget.destroyed.connect(lambda: action())
+
+
+def text_label(lines: int = 1) -> QLabel:
+    """Make a label that keeps the height of some lines, so that nothing jumps."""
+    label = QLabel()
+    label.setWordWrap(True)
+    label.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
+    label.setMinimumHeight(lines * label.fontMetrics().lineSpacing() + 2)
+    label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
+    label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+    return label
+
+
+def heading(text: str) -> QWidget:
+    """Make a caption with a line beside it."""
+    row = QWidget()
+    layout = QHBoxLayout(row)
+    layout.setContentsMargins(0, 8, 0, 0)
+    caption = QLabel(text)
+    line = QFrame()
+    line.setFrameShape(QFrame.Shape.HLine)
+    line.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+    layout.addWidget(caption)
+    layout.addWidget(line)
+    return row
+
+
+class JobRow(QWidget):
+    """The one thing to do next, its Cancel, its progress and its status.
+
+    Parameters
+    ----------
+    text : str
+        On the button.
+    on_start, on_cancel : callable
+    """
+
+    def __init__(
+        self, text: str, on_start: Callable[[], None], on_cancel: Callable[[], None]
+    ):
+        super().__init__()
+        self.start = QPushButton(text)
+        self.start.setMinimumHeight(36)
+        font = self.start.font()
+        font.setBold(True)
+        self.start.setFont(font)
+        self.cancel = QPushButton("Cancel")
+        self.cancel.setMinimumHeight(36)
+        self.bar = QProgressBar()
+        self.bar.setTextVisible(False)
+        self.bar.setFixedHeight(8)
+        self.status = text_label(lines=2)
+        buttons = QHBoxLayout()
+        buttons.addWidget(self.start, stretch=3)
+        buttons.addWidget(self.cancel, stretch=1)
+        column = QVBoxLayout(self)
+        column.setContentsMargins(0, 4, 0, 0)
+        column.setSpacing(4)
+        column.addLayout(buttons)
+        column.addWidget(self.bar)
+        column.addWidget(self.status)
+        self.start.clicked.connect(lambda: on_start())
+        self.cancel.clicked.connect(lambda: on_cancel())
+        self._started = 0.0
+        self.set_running(False)
+
+    def set_running(self, running: bool) -> None:
+        """Switch the Cancel button and the bar; the caller the start button."""
+        self.cancel.setEnabled(running)
+        self.cancel.setToolTip(
+            "Stop. What was there before stays." if running else "Nothing is running."
+        )
+        if running:
+            self._started = time.monotonic()
+        else:
+            self.bar.setRange(0, 1)
+            self.bar.setValue(0)
+
+    def show_progress(self, step: Progress) -> None:
+        """Move the bar and say how long it will take."""
+        self.bar.setRange(0, max(step.total, 1))
+        self.bar.setValue(step.done)
+        left = ""
+        if 0 < step.done < step.total:
+            seconds = self.seconds / step.done * (step.total - step.done)
+            left = f" · {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        self.status.setText(f"{step.message}{left}")
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started

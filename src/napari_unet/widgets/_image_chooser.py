@@ -1,0 +1,147 @@
+"""Choose an image layer and say what its axes and channels are."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from qtpy.QtWidgets import QComboBox, QFormLayout, QLineEdit
+from superqt.utils import signals_blocked
+
+from napari_unet.inference.source import open_source
+from napari_unet.widgets import _layers
+from napari_unet.widgets._channels import ChannelChoosers
+from napari_unet.widgets._dock import when_destroyed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import napari.viewer
+    from napari.layers import Image
+
+    from napari_unet.models.model import Model
+
+
+class ImageChooser:
+    """The rows "Image", "Axes" and, where needed, one for each channel.
+
+    The list follows the viewer's layers, the choice the active layer.
+
+    Parameters
+    ----------
+    viewer : napari.viewer.Viewer
+        Its image layers can be chosen.
+    form : QFormLayout
+        Gets the rows.
+    on_change : callable
+        Called when the choice, its axes or channels change.
+    """
+
+    def __init__(
+        self,
+        viewer: napari.viewer.Viewer,
+        form: QFormLayout,
+        on_change: Callable[[], None],
+    ):
+        self._viewer = viewer
+        self._on_change = on_change
+        self._axes_by_layer: weakref.WeakKeyDictionary[Image, str]
+        self._axes_by_layer = weakref.WeakKeyDictionary()
+        self._list = QComboBox()
+        self._list.setToolTip("The image layer to work on.")
+        self._list.currentIndexChanged.connect(lambda _: self._on_choice())
+        self._axes = QLineEdit()
+        self._axes.setMaxLength(6)
+        self._axes.setToolTip(
+            "One letter for each axis of the layer: T time, C channel, Z, Y, X, and S "
+            "for the colours of RGB.\nCorrect it if a stack is taken for a movie, or "
+            "the other way round."
+        )
+        self._axes.textEdited.connect(self._on_axes)
+        form.addRow("Image", self._list)
+        form.addRow("Axes", self._axes)
+        self._channels = ChannelChoosers(form, on_change)
+        viewer.layers.events.inserted.connect(self.reset)
+        viewer.layers.events.removed.connect(self.reset)
+        viewer.layers.selection.events.active.connect(self._follow_active)
+        when_destroyed(self._list, self._disconnect)
+
+    @property
+    def layer(self) -> Image | None:
+        """The chosen image layer."""
+        layer: Image | None = self._list.currentData()
+        return layer
+
+    @property
+    def axes(self) -> str:
+        """One letter for each axis of the chosen layer, as the user corrected it."""
+        return self._axes.text().strip().upper()
+
+    @property
+    def channels(self) -> tuple[object, ...]:
+        """What was chosen for the model's channels; empty if there is no choice."""
+        return self._channels.chosen
+
+    def engine_input(self) -> tuple[Any, str, list[int] | None]:
+        """Return image, axes and channels for the engine; raise `BadInput`."""
+        array = _layers.image_array(self.layer)
+        return self._channels.resolve(array, self.axes)
+
+    def check(self, model: Model) -> None:
+        """Raise `BadInput` in words if the image does not fit the model."""
+        image, axes, channels = self.engine_input()
+        open_source(image, model, axes, channels)
+
+    def offer_channels(self, model: Model | None) -> None:
+        """Show the channel rows that the model needs."""
+        self._channels.update(self._viewer, self.layer, self.axes, model)
+
+    def reset(self, event: object = None) -> None:
+        """List the image layers again."""
+        before = self.layer
+        layers = _layers.image_layers(self._viewer)
+        active = self._viewer.layers.selection.active
+        wanted = before if before in layers else active
+        with signals_blocked(self._list):
+            self._list.clear()
+            for layer in layers:
+                self._list.addItem(layer.name, layer)
+                # napari keeps one callback, however often it is connected.
+                layer.events.name.connect(self._on_renamed)
+            first = min(len(layers), 1) - 1
+            self._list.setCurrentIndex(
+                layers.index(wanted) if wanted in layers else first
+            )
+        self._on_choice()
+
+    def _disconnect(self) -> None:
+        """Leave the viewer, which outlives the dock."""
+        layers = self._viewer.layers
+        layers.events.inserted.disconnect(self.reset)
+        layers.events.removed.disconnect(self.reset)
+        layers.selection.events.active.disconnect(self._follow_active)
+        for layer in layers:
+            layer.events.name.disconnect(self._on_renamed)
+
+    def _follow_active(self, event: object = None) -> None:
+        active = self._viewer.layers.selection.active
+        for index in range(self._list.count()):
+            if self._list.itemData(index) is active:
+                self._list.setCurrentIndex(index)
+
+    def _on_renamed(self, event: object = None) -> None:
+        for index in range(self._list.count()):
+            self._list.setItemText(index, self._list.itemData(index).name)
+
+    def _on_choice(self) -> None:
+        layer = self.layer
+        axes = ""
+        if layer is not None:
+            axes = self._axes_by_layer.get(layer) or _layers.guess_axes(layer)
+        self._axes.setText(axes)
+        self._on_change()
+
+    def _on_axes(self, text: str) -> None:
+        if self.layer is not None:
+            self._axes_by_layer[self.layer] = text.strip().upper()
+        self._on_change()

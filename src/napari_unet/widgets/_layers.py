@@ -1,0 +1,221 @@
+"""Layers to arrays and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from napari.layers import Image, Labels
+
+if TYPE_CHECKING:
+    from napari.layers import Layer
+    from napari.viewer import Viewer
+    from numpy.typing import NDArray
+
+    from napari_unet.inference.instances import ObjectTable
+    from napari_unet.models.model import Model
+
+
+def image_array(layer: Image) -> Any:
+    """Return the pixels; of a multiscale layer those of the finest level."""
+    return layer.data[0] if layer.multiscale else layer.data
+
+
+def guess_axes(layer: Image) -> str:
+    """Name the axes by the layer's axis labels, else by their number.
+
+    Parameters
+    ----------
+    layer : Image
+        Axis labels such as "t", "c", "z", "y", "x" are recognised.
+
+    Returns
+    -------
+    str
+        Letters of "TCZYX", with "S" at the end for RGB.
+    """
+    letters = "".join(str(label)[:1].upper() for label in layer.axis_labels)
+    named = set(letters) <= set("TCZYX") and len(set(letters)) == len(letters)
+    if not named:
+        letters = "TCZYX" if layer.ndim == 5 else "TZYX"[-layer.ndim :]
+    return letters + ("S" if layer.rgb else "")
+
+
+def pixel_size(layer: Image, axes: str) -> dict[str, float]:
+    """Return the layer's pixel size in µm by axis letter, as far as it is known.
+
+    Without units a scale other than 1 is taken as µm, as most readers mean it.
+    """
+    sizes = {}
+    letters = axes.replace("S", "")
+    for axis, scale, unit in zip(letters, layer.scale, layer.units, strict=True):
+        if axis not in "ZYX":
+            continue
+        if unit.is_compatible_with("micrometer"):
+            sizes[axis] = float((scale * unit).to("micrometer").magnitude)
+        elif unit.is_compatible_with("pixel") and scale != 1:
+            sizes[axis] = float(scale)
+    return sizes
+
+
+def current_index(viewer: Viewer, layer: Image) -> tuple[int, ...]:
+    """Return the index of the pixel that the sliders stand on, inside the image."""
+    where = np.rint(layer.world_to_data(viewer.dims.point)).astype(int)
+    shape = image_array(layer).shape[: layer.ndim]
+    return tuple(int(i) for i in np.clip(where, 0, np.array(shape) - 1))
+
+
+def visible_box(layer: Image) -> tuple[slice, ...]:
+    """Return the part of the image that the canvas shows, at the finest level."""
+    corners = np.asarray(layer.corner_pixels, dtype=float)
+    if layer.multiscale:
+        corners = corners * np.asarray(layer.downsample_factors[layer.data_level])
+    shape = image_array(layer).shape[: layer.ndim]
+    low = np.clip(np.floor(corners[0]), 0, shape).astype(int)
+    high = np.clip(np.ceil(corners[1]) + 1, 0, shape).astype(int)
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def label_space(layer: Image, axes: str) -> dict[str, Any]:
+    """Return the placement of an image for a Labels layer without its channels.
+
+    Parameters
+    ----------
+    layer : Image
+        Read now, so that it may be deleted while the labels are computed.
+    axes : str
+        Of the layer.
+
+    Returns
+    -------
+    dict
+        Keywords of `napari.layers.Labels`: scale, translate, rotate, shear,
+        affine, units and axis labels.
+    """
+    keep = [i for i, axis in enumerate(axes.replace("S", "")) if axis != "C"]
+    affine = [*keep, layer.ndim]
+    space: dict[str, Any] = {
+        "scale": np.asarray(layer.scale)[keep],
+        "translate": np.asarray(layer.translate)[keep],
+        "affine": layer.affine.affine_matrix[np.ix_(affine, affine)],
+        "units": tuple(layer.units[i] for i in keep),
+        "axis_labels": tuple(layer.axis_labels[i] for i in keep),
+    }
+    if len(keep) == layer.ndim:
+        space |= {"rotate": layer.rotate, "shear": layer.shear}
+    else:
+        # A channel axis takes no part in rotation and shear.
+        space["rotate"] = np.asarray(layer.rotate)[np.ix_(keep, keep)]
+    return space
+
+
+def show_labels(
+    viewer: Viewer,
+    layer: Labels | None,
+    data: NDArray,
+    name: str,
+    space: dict[str, Any],
+    features: dict[str, Any],
+) -> Labels:
+    """Update a Labels layer in place, or add one if it is gone.
+
+    Parameters
+    ----------
+    viewer : Viewer
+        Where it is shown.
+    layer : Labels or None
+        Found by identity: its name does not matter.
+    data : integer array
+        The labels.
+    name : str
+        Of a new layer.
+    space : dict
+        From `label_space`.
+    features : dict of str to list
+        One row for each label, "index" naming it.
+
+    Returns
+    -------
+    Labels
+    """
+    if layer is None or layer not in viewer.layers or layer.ndim != data.ndim:
+        layer = Labels(data, name=name, features=features, **space)
+        viewer.add_layer(layer)
+        return layer
+    layer.data = data
+    layer.features = features
+    return layer
+
+
+def show_probabilities(
+    viewer: Viewer,
+    data: Any,
+    class_names: list[str],
+    name: str,
+    space: dict[str, Any],
+) -> None:
+    """Show one image layer for each class, updating those of an earlier run.
+
+    Parameters
+    ----------
+    viewer : Viewer
+        Where they are shown.
+    data : uint8 array of shape (class, ...)
+        255 means 1.
+    class_names : list of str
+        One for each class.
+    name : str
+        Of the image.
+    space : dict
+        From `label_space`.
+    """
+    for index, class_name in enumerate(class_names):
+        title = f"{name} {class_name} probability"
+        key = {"napari-unet": title}
+        old = next((layer for layer in viewer.layers if layer.metadata == key), None)
+        pixels = np.asarray(data[index])
+        if isinstance(old, Image) and old.ndim == pixels.ndim:
+            old.data = pixels
+            continue
+        image = Image(
+            pixels,
+            name=title,
+            metadata=key,
+            colormap="magma",
+            contrast_limits=(0, 255),
+            blending="additive",
+            visible=False,
+            **space,
+        )
+        viewer.add_layer(image)
+
+
+def image_layers(viewer: Viewer) -> list[Image]:
+    """Return the image layers, the topmost first."""
+    layers: list[Layer] = list(reversed(viewer.layers))
+    return [layer for layer in layers if type(layer) is Image]
+
+
+def table_features(
+    table: ObjectTable, model: Model, pixel_size: dict[str, float]
+) -> dict[str, Any]:
+    """Bring the object table into the form of a Labels layer's features."""
+    columns = dict(table.columns)
+    if not columns:
+        return {}
+    features: dict[str, Any] = {"index": columns.pop("label")}
+    sizes = columns.pop("size")
+    spatial = "ZYX"[-model.ndim :]
+    if all(axis in pixel_size for axis in spatial):
+        one = 1.0
+        for axis in spatial:
+            one *= pixel_size[axis]
+        name = "area (µm²)" if model.ndim == 2 else "volume (µm³)"
+        features[name] = [size * one for size in sizes]
+    features["area (pixels)" if model.ndim == 2 else "volume (voxels)"] = sizes
+    features["mean probability"] = columns.pop("mean_probability")
+    classes = columns.pop("class")
+    names = [info.name for info in model.passport.classes]
+    if len(names) > 2:
+        features["class"] = [names[int(index)] for index in classes]
+    return features | columns

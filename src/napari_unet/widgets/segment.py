@@ -1,0 +1,399 @@
+"""The Segment dock: pick a model, click Segment."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from magicgui.widgets import CheckBox, ComboBox, Container, SpinBox
+from napari.utils.notifications import show_error, show_info
+from qtpy.QtCore import QTimer
+from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
+from superqt import QCollapsible
+
+from napari_unet.errors import UnetError
+from napari_unet.inference.backends import DEVICES
+from napari_unet.inference.instances import ObjectSettings, ObjectTable
+from napari_unet.inference.store import ProbabilityStore, segment_into_steps
+from napari_unet.widgets import _layers, _session
+from napari_unet.widgets._dock import Dock, JobRow, text_label, when_destroyed
+from napari_unet.widgets._image_chooser import ImageChooser
+from napari_unet.widgets._model_chooser import ModelChooser
+from napari_unet.widgets._objects import ObjectsPanel
+from napari_unet.widgets._worker import start_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    import napari.viewer
+    from napari.layers import Image, Labels
+    from napari.qt.threading import GeneratorWorker
+    from numpy.typing import NDArray
+
+    from napari_unet.models.model import Model
+    from napari_unet.steps import Progress
+
+    Result = tuple[ProbabilityStore, NDArray, ObjectTable]
+
+NAME = "Segment"
+SCOPES = {
+    "slice": ("slice", "Only the plane (or volume) that the sliders stand on."),
+    "view": ("view", "Only what the canvas shows now."),
+    "all": ("everything", "The whole image with all its planes and times."),
+}
+RELABEL_DELAY = 60  # ms after the last move of a slider
+
+
+@dataclass
+class _Run:
+    """What a run was started with; its layer may be gone when it ends."""
+
+    layer: weakref.ref[Image]
+    name: str
+    axes: str
+    channels: tuple[object, ...]
+    space: dict[str, Any]
+    pixel_size: dict[str, float]
+    model: Model
+    stale: bool = False
+
+    def extends(self, other: _Run | None) -> bool:
+        """Tell whether this run adds to the same probabilities as another."""
+        return (
+            other is not None
+            and not other.stale
+            and self.layer() is other.layer()
+            and (self.axes, self.channels) == (other.axes, other.channels)
+            and self.model is other.model
+        )
+
+
+class SegmentWidget(Dock):
+    """Turn the current image layer into a Labels layer.
+
+    Parameters
+    ----------
+    viewer : napari.viewer.Viewer
+        Its image layers can be chosen.
+    session : Session, optional
+        The model shared with the other docks.
+    """
+
+    def __init__(
+        self,
+        viewer: napari.viewer.Viewer,
+        session: _session.Session = _session.session,
+    ):
+        super().__init__()
+        self._viewer = viewer
+        self._session = session
+        self._worker: GeneratorWorker | None = None
+        self._run: _Run | None = None
+        self._store: ProbabilityStore | None = None
+        self._labels: Labels | None = None
+        self._edited = False
+        self._notes: list[str] = []
+        self._relabel_timer = QTimer(self)
+        self._relabel_timer.setSingleShot(True)
+        self._relabel_timer.setInterval(RELABEL_DELAY)
+        self._relabel_timer.timeout.connect(self._relabel)
+        self._build(_session.recall(NAME))
+        on_model = self._on_model
+        session.events.model.connect(on_model)
+        when_destroyed(
+            self, lambda: session.events.model.disconnect(on_model, missing_ok=True)
+        )
+        self.reset_choices()
+        if session.model is not None:
+            self._on_model(session.model)
+        self._chooser.begin()
+
+    # --- building ---------------------------------------------------------
+
+    def _build(self, remembered: dict[str, Any]) -> None:
+        form = self.add_form()
+        self._image = ImageChooser(self._viewer, form, self._refresh)
+        wanted = str(remembered.get("model", "nuclei"))
+        self._chooser = ModelChooser(self._session, wanted, self._refresh)
+        form.addRow("Model", self._chooser)
+        self._about = text_label(lines=3)
+        form.addRow(self._about)
+        form.addRow("What", self._scope_row(str(remembered.get("scope", "all"))))
+        self._job = JobRow(NAME, self._segment, self._cancel)
+        self.column.addWidget(self._job)
+        self._objects = ObjectsPanel(self._relabel_timer.start)
+        self.column.addWidget(self._objects)
+        self.column.addWidget(self._fold(remembered))
+        self.column.addStretch(1)
+
+    def _scope_row(self, wanted: str) -> QHBoxLayout:
+        self._scope = QButtonGroup(self)
+        row = QHBoxLayout()
+        for name, (text, tip) in SCOPES.items():
+            button = QRadioButton(text)
+            button.setToolTip(tip)
+            button.setObjectName(name)
+            button.setChecked(name == (wanted if wanted in SCOPES else "all"))
+            self._scope.addButton(button)
+            row.addWidget(button)
+        row.addStretch(1)
+        return row
+
+    def _fold(self, remembered: dict[str, Any]) -> QCollapsible:
+        device = remembered.get("device")
+        self._device = ComboBox(
+            choices=DEVICES,
+            value=device if device in DEVICES else "auto",
+            label="Device",
+            tooltip="auto takes a working GPU, else the CPU.",
+        )
+        self._tile = SpinBox(
+            max=8192,
+            step=64,
+            label="Tile size",
+            tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
+            "not depend on it.",
+        )
+        self._augment = CheckBox(
+            value=bool(remembered.get("augment", False)),
+            text="Average 8 flips and rotations",
+            tooltip="Test-time augmentation: a little better, eight times slower.",
+        )
+        self._show_probabilities = CheckBox(
+            text="Probabilities as a layer",
+            tooltip="Also show how sure the network is of each pixel.",
+        )
+        self._new_layer = CheckBox(
+            text="New layer for each run",
+            tooltip="Keep earlier results instead of updating them in place.",
+        )
+        self._more = Container(
+            widgets=[
+                self._device,
+                self._tile,
+                self._augment,
+                self._show_probabilities,
+                self._new_layer,
+            ]
+        )
+        self._more.margins = (0, 0, 0, 0)
+        fold = QCollapsible("More")
+        fold.addWidget(self._more.native)
+        return fold
+
+    # --- what fits ----------------------------------------------------------------
+
+    def reset_choices(self, event: object = None) -> None:
+        """List the image layers again; napari calls it too."""
+        self._image.reset()
+
+    def _on_model(self, model: Model) -> None:
+        mine = _session.recall(NAME).get("objects", {}).get(self._chooser.chosen, {})
+        self._objects.set_values(ObjectSettings.recommended(model.passport), mine)
+        self._refresh()
+
+    def _problem(self) -> str:
+        """Say why Segment cannot be clicked now, "" if it can."""
+        layer, model = self._image.layer, self._session.model
+        if layer is None:
+            return "There is no image layer. Open an image, or File › Open Sample."
+        if self._chooser.loading:
+            return "The model is being loaded."
+        if model is None:
+            return "No model is loaded. Choose one."
+        try:
+            self._image.check(model)
+        except UnetError as error:
+            return str(error)
+        return ""
+
+    def _refresh(self) -> None:
+        """Show what the model is, whether it fits, and what can be done."""
+        layer, model = self._image.layer, self._session.model
+        self._image.offer_channels(model)
+        problem = self._problem()
+        lines = [] if model is None else [model.describe()]
+        if problem:
+            lines.append(f"⚠ {problem}")
+        elif layer is not None and model is not None:
+            sizes = _layers.pixel_size(layer, self._image.axes)
+            fit = model.describe_fit(sizes)
+            lines += [f"⚠ {fit}"] if fit else []
+            self._objects.set_pixel_size(sizes, model.ndim)
+        self._about.setText("\n".join(lines))
+        running = self._worker is not None
+        self._job.start.setEnabled(not running and not problem)
+        self._job.start.setToolTip(
+            "A run is under way." if running else problem or "Find the objects."
+        )
+
+    # --- running ------------------------------------------------------------------
+
+    @property
+    def _chosen_scope(self) -> str:
+        button = self._scope.checkedButton()
+        return button.objectName() if button is not None else "all"
+
+    def _object_settings(self, model: Model) -> ObjectSettings:
+        recommended = ObjectSettings.recommended(model.passport)
+        return replace(recommended, **self._objects.values())
+
+    def _input_state(self, layer: Image, model: Model) -> dict[str, Any]:
+        """Read the widgets into the keywords of `segment_into_steps`."""
+        image, axes, channels = self._image.engine_input()
+        tile = self._tile.value
+        return {
+            "image": image,
+            "axes": axes,
+            "channels": channels,
+            "region": self._region(layer, model),
+            "device": self._device.value,
+            "tile_shape": (tile,) * model.ndim if tile else None,
+            "test_time_augmentation": self._augment.value,
+            "pixel_size": _layers.pixel_size(layer, self._image.axes),
+        }
+
+    def _region(self, layer: Image, model: Model) -> dict[str, slice]:
+        """Read off the sliders and the canvas what is to be segmented."""
+        scope = self._chosen_scope
+        region: dict[str, slice] = {}
+        if scope == "all":
+            return region
+        letters = self._image.axes.replace("S", "")
+        index = _layers.current_index(self._viewer, layer)
+        box = _layers.visible_box(layer)
+        for axis, here, part in zip(letters, index, box, strict=True):
+            if axis == "C":
+                continue
+            if axis not in "ZYX"[-model.ndim :]:
+                region[axis] = slice(here, here + 1)
+            elif scope == "view":
+                region[axis] = part
+        return region
+
+    def _segment(self) -> None:
+        layer, model = self._image.layer, self._session.model
+        if layer is None or model is None or self._worker is not None:
+            return
+        axes = self._image.axes
+        try:
+            state = self._input_state(layer, model)
+            run = _Run(
+                weakref.ref(layer),
+                layer.name,
+                axes,
+                self._image.channels,
+                _layers.label_space(layer, axes),
+                _layers.pixel_size(layer, axes),
+                model,
+            )
+        except UnetError as error:
+            show_error(str(error))
+            return
+        self._remember()
+        if self._new_layer.value or not run.extends(self._run):
+            self._store = None
+            self._labels = None
+        self._run = run
+        layer.events.data.connect(self._on_data)  # once, however often it is called
+        self._relabel_timer.stop()
+        image = state.pop("image")
+        settings = self._object_settings(model)
+        steps = segment_into_steps(self._store, image, model, settings, **state)
+        self._start(steps, "Segmenting")
+
+    def _relabel(self) -> None:
+        """Make objects again with other settings, without the network."""
+        if self._store is None or self._run is None:
+            return
+        if self._worker is not None:
+            self._relabel_timer.start()  # later, when the run has ended
+            return
+        model = self._run.model
+        settings = self._object_settings(model)
+        self._start(self._store.label_steps(model, settings), "Making objects")
+
+    def _start(self, steps: Generator[Progress, None, Any], title: str) -> None:
+        self._notes = []
+        self._job.set_running(True)
+        self._job.status.setText(f"{title} …")
+        self._worker = start_worker(
+            steps,
+            title=title,
+            on_progress=self._on_progress,
+            on_result=self._show,
+            on_error=self._job.status.setText,
+            on_finished=self._on_finished,
+        )
+        self._refresh()
+
+    def _cancel(self) -> None:
+        if self._worker is not None:
+            self._worker.quit()
+            self._job.status.setText("Cancelled. The labels are as they were.")
+
+    def _on_progress(self, step: Progress) -> None:
+        if step.note:
+            self._notes.append(step.note)
+            show_info(step.note)
+        if self._worker is not None and not self._worker.abort_requested:
+            self._job.show_progress(step)
+
+    def _on_finished(self) -> None:
+        self._worker = None
+        self._job.set_running(False)
+        self._refresh()
+
+    def _show(self, result: Result) -> None:
+        """Put the objects into the viewer."""
+        run = self._run
+        assert run is not None
+        self._store, data, table = result
+        words = [f"Done in {self._job.seconds:.1f} s.", *self._notes]
+        if run.stale:
+            words.append("The image has changed meanwhile: segment it again.")
+        kept = self._labels if self._labels in self._viewer.layers else None
+        if kept is not None and self._edited:
+            words.append(f"You have painted in {kept.name!r}: it is kept.")
+            kept = None
+        features = _layers.table_features(table, run.model, run.pixel_size)
+        layer = _layers.show_labels(
+            self._viewer, kept, data, f"{run.name} objects", run.space, features
+        )
+        if layer is not self._labels:
+            layer.events.paint.connect(self._on_paint)
+        self._labels, self._edited = layer, False
+        if self._show_probabilities.value:
+            _layers.show_probabilities(
+                self._viewer,
+                self._store.data,
+                [info.name for info in run.model.passport.classes[1:]],
+                run.name,
+                run.space,
+            )
+        count = len(table)
+        self._objects.count.setText(f"{count} object{'s' * (count != 1)}")
+        self._job.status.setText(" ".join(words))
+
+    def _on_data(self, event: Any) -> None:
+        if self._run is not None and self._run.layer() is event.source:
+            self._run.stale = True
+
+    def _on_paint(self, event: Any) -> None:
+        if event.source is self._labels:
+            self._edited = True
+
+    def _remember(self) -> None:
+        objects = _session.recall(NAME).get("objects", {})
+        objects[self._chooser.chosen] = self._objects.values()
+        _session.remember(
+            NAME,
+            {
+                "model": self._chooser.chosen,
+                "scope": self._chosen_scope,
+                "device": self._device.value,
+                "augment": self._augment.value,
+                "objects": objects,
+            },
+        )
