@@ -1,0 +1,324 @@
+"""The command line: ``napari-unet segment``, ``evaluate`` and ``models``.
+
+What takes long to import is imported where it is used, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from napari_unet.cli_files import PROBABILITIES, few, name_key, one_line, split_name
+from napari_unet.cli_segment import segment
+from napari_unet.errors import (
+    BadInput,
+    BadModel,
+    Cancelled,
+    OutOfMemory,
+    UnetError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from napari_unet.models.model import Model
+
+USAGE = 1  # exit code; the usual 2 means a bad model here
+
+
+class _Commands(TyperGroup):
+    """All commands; Ctrl-C and lack of memory end any of them in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Cancelled(
+                "Stopped by Ctrl-C. The files written so far are complete."
+            ) from None
+        except MemoryError as error:
+            raise OutOfMemory(
+                "Memory ran out. Close other programs, or crop or downsample the image."
+            ) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut long options short
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Those of the process by default.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file may have a name that the terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app(arguments, prog_name="napari-unet")
+    except UnetError as error:
+        typer.echo(f"Error: {one_line(error)}", err=True)
+        return error.exit_code
+    except SystemExit as end:
+        return USAGE if end.code == 2 else int(end.code or 0)
+    return 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from napari_unet import __version__
+
+        typer.echo(f"napari-unet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Segment microscopy images with a U-Net.
+
+    Example: napari-unet segment cells.tif -m nuclei -o labels.tif
+    """
+
+
+app.command()(segment)
+
+
+_PredictedFolder = Annotated[
+    Path,
+    typer.Argument(metavar="PREDICTED_DIR", help="Folder of predicted labels."),
+]
+_TrueFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="TRUE_DIR",
+        help="Folder of true labels, named like the predicted ones up to the suffix.",
+    ),
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")]
+_PerImage = Annotated[
+    bool,
+    typer.Option(
+        "--per-image",
+        help="Add a row for each image to the table; JSON always has them.",
+    ),
+]
+
+
+@app.command()
+def evaluate(
+    predicted: _PredictedFolder,
+    true: _TrueFolder,
+    as_json: _AsJson = False,
+    per_image: _PerImage = False,
+) -> None:
+    """Compare predicted with true label images.
+
+    Prints how many objects were found, invented and missed (AP, F1, precision and
+    recall, from loose to strict overlap), and how well the pixels agree (IoU, Dice,
+    Rand error). Files of probabilities are left out.
+
+    Example: napari-unet evaluate labels/ true_labels/ --per-image
+    """
+    pairs = _pair_labels(predicted, true)
+    from napari_unet.training.scores import score_images
+
+    scores = score_images(_read_pairs(pairs), [name for name, _, _ in pairs])
+    if as_json:
+        typer.echo(json.dumps(scores.to_dict(), indent=2))
+    else:
+        typer.echo(scores.to_table(per_image=per_image))
+
+
+def _pair_labels(predicted: Path, true: Path) -> list[tuple[str, Path, Path]]:
+    """Match predicted and true label images by their names without suffix.
+
+    Parameters
+    ----------
+    predicted, true : path
+        Two folders, or two files, which need not have the same name.
+
+    Returns
+    -------
+    list of (name, predicted, true)
+
+    Raises
+    ------
+    BadInput
+        If one has no counterpart.
+    """
+    if predicted.is_file() and true.is_file():
+        return [(split_name(true)[0], predicted, true)]
+    found, wanted = _by_name(predicted, skip=PROBABILITIES), _by_name(true)
+    for have, others, where in ((wanted, found, predicted), (found, wanted, true)):
+        lonely = [path for key, path in have.items() if key not in others]
+        if lonely:
+            raise BadInput(
+                f"{where} has no counterpart of {few(lonely)}; the names must be the "
+                "same up to the suffix."
+            )
+    return [(split_name(path)[0], found[key], path) for key, path in wanted.items()]
+
+
+def _by_name(folder: Path, skip: str | None = None) -> dict[str, Path]:
+    from napari_unet.files.images import list_images
+
+    paths: dict[str, Path] = {}
+    for path in list_images(folder):
+        stem = split_name(path)[0]
+        if skip and stem.endswith(skip):
+            continue
+        other = paths.setdefault(name_key(stem), path)
+        if other is not path:
+            raise BadInput(
+                f"{other.name} and {path.name} in {folder} have the same name up to "
+                "the suffix; leave only one of them there."
+            )
+    if not paths:
+        raise BadInput(f"There are no label images in {folder}.")
+    return paths
+
+
+def _read_pairs(
+    pairs: Sequence[tuple[str, Path, Path]],
+) -> Iterator[tuple[Any, Any]]:
+    """Read true and predicted labels, one pair at a time."""
+    for _, predicted, true in pairs:
+        yield _read_labels(true), _read_labels(predicted)
+
+
+def _read_labels(path: Path) -> Any:
+    from napari_unet.files.images import read_image
+
+    image = read_image(path)
+    if "S" in image.axes:
+        raise BadInput(
+            f"{path.name} is a colour image; label images have one whole number for "
+            "each pixel."
+        )
+    return image.data
+
+
+@models.callback()
+def _models() -> None:
+    """See which models there are and what they were trained on.
+
+    Example: napari-unet models list
+    """
+
+
+@models.command("list")
+def list_all() -> None:
+    """List the models that come with napari-unet, and your own.
+
+    Example: napari-unet models list
+    """
+    from napari_unet.models.checkpoint import read_model
+    from napari_unet.models.library import BUNDLED, library_dir, list_models
+
+    found = list_models()
+    if not found:
+        typer.echo(f"There are no models; your own would be in {library_dir()}.")
+    width = max(map(len, found), default=0)
+    for name, path in found.items():
+        try:
+            about = _summary(read_model(path))
+        except BadModel as error:
+            about = f"cannot be used: {error}"
+        whose = "bundled" if path.parent == BUNDLED else "yours"
+        typer.echo(one_line(f"{name:{width}}  {whose:7}  {about}"))
+
+
+def _summary(model: Model) -> str:
+    parts = [f"{model.ndim}D", ", ".join(_finds(model))]
+    if model.passport.pixel_size:
+        parts.append(_pixels(model.passport.pixel_size))
+    return "  ".join(parts)
+
+
+def _finds(model: Model) -> list[str]:
+    return [f"{info.name} ({info.kind})" for info in model.passport.classes[1:]]
+
+
+def _pixels(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:.3g}" for size in sizes) + " µm"
+
+
+@models.command("info")
+def describe(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of a model, or the path of its file."
+        ),
+    ],
+) -> None:
+    """Say what a model finds, what it was trained on and how it is used.
+
+    Example: napari-unet models info nuclei
+    """
+    from napari_unet.models.library import load_model
+
+    for title, text in _facts(load_model(name)):
+        if text:
+            typer.echo(one_line(f"{title:15} {text}"))
+
+
+def _facts(model: Model) -> Iterator[tuple[str, str]]:
+    passport, config = model.passport, model.network.config
+    yield "Name", f"{passport.name}, version {passport.version}"
+    yield "Description", passport.description
+    yield "Finds", ", ".join(_finds(model))
+    yield "Channels", ", ".join(passport.channels)
+    yield "Pixel size", _pixels(passport.pixel_size) if passport.pixel_size else ""
+    if passport.object_diameter:
+        yield "Typical object", f"{passport.object_diameter:.3g} pixels across"
+    weights = sum(weight.numel() for weight in model.network.parameters())
+    yield (
+        "Network",
+        f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
+        f"channels at first, {weights:,} weights",
+    )
+    split = "" if passport.split_touching else "not "
+    yield (
+        "Recommended",
+        f"threshold {passport.threshold:g}, smallest object {passport.minimal_size} "
+        f"{'voxels' if config.ndim == 3 else 'pixels'}, touching objects {split}split",
+    )
+    if reason := model.inexact_reason:
+        yield "Tiles", f"the result depends a little on the tile size: {reason}"
+    for record in passport.history:
+        scores = "".join(f", {key} {value:.3g}" for key, value in record.scores.items())
+        yield (
+            "Trained",
+            f"{record.date}, {record.steps} steps on {record.data}{scores}",
+        )
+    yield "Citation", passport.citation
