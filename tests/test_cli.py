@@ -316,6 +316,17 @@ def test_evaluate_two_files_of_any_name(run, folders):
     assert json.loads(result.out)["thresholds"][0]["tp"] == 1
 
 
+def test_evaluate_tells_what_it_leaves_out_beside_the_json(run, tmp_path):
+    for name in ("predicted", "true"):
+        (tmp_path / name).mkdir()
+        with tifffile.TiffWriter(tmp_path / name / "a.tif") as writer:
+            writer.write(squares(1), photometric="minisblack")
+            writer.write(squares(1, (20, 20)), photometric="minisblack")
+    result = run("evaluate", tmp_path / "predicted", tmp_path / "true", "--json")
+    assert json.loads(result.out)["n_true"] == 1
+    assert result.err.startswith("Note: a.tif: The file holds 2 images; only the")
+
+
 # --- models, help, version ---------------------------------------------------------
 
 

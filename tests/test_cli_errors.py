@@ -269,6 +269,21 @@ def test_all_bad_images(capsys):
     assert not os.path.exists("out")
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_ctrl_c_while_writing_leaves_no_file(fails, monkeypatch, existing):
+    def interrupted(writer, *arguments, **options):
+        writer._fh.write(b"half")
+        raise KeyboardInterrupt
+
+    os.mkdir("out")
+    if existing:
+        write_image("out/good.tif", squares(0))
+    monkeypatch.setattr(tifffile.TiffWriter, "write", interrupted)
+    arguments = ["good.tif", "-m", "m.safetensors", "-o", "out", "--overwrite"]
+    said = fails(130, "segment", *arguments)
+    assert said == "Stopped by Ctrl-C. The files written so far are complete."
+
+
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
     for name in "abc":
         write_image(f"in/{name}.tif", squares(2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -175,7 +176,7 @@ def _pair_labels(predicted: Path, true: Path) -> list[tuple[str, Path, Path]]:
     BadInput
         If one has no counterpart.
     """
-    if predicted.is_file() and true.is_file():
+    if os.path.isfile(predicted) and os.path.isfile(true):
         return [(split_name(true)[0], predicted, true)]
     found, wanted = _by_name(predicted, skip=PROBABILITIES), _by_name(true)
     for have, others, where in ((wanted, found, predicted), (found, wanted, true)):
@@ -219,6 +220,9 @@ def _read_labels(path: Path) -> Any:
     from napari_unet.files.images import read_image
 
     image = read_image(path)
+    for note in image.notes:
+        named = note if path.name in note else f"{path.name}: {note}"
+        typer.echo(f"Note: {one_line(named)}", err=True)
     if "S" in image.axes:
         raise BadInput(
             f"{path.name} is a colour image; label images have one whole number for "

@@ -164,7 +164,9 @@ _Augment = Annotated[
 ]
 _PrecisionOption = Annotated[
     _Precision,
-    typer.Option(help="float32 is slower on a graphics card and exact to 1e-4."),
+    typer.Option(
+        help="float32: slower on a graphics card, the same numbers as on the CPU."
+    ),
 ]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace results that exist already.")
