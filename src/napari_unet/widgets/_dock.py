@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qtpy.QtCore import Qt
+from qtpy.compat import isalive
+from qtpy.QtCore import QObject, Qt
 from qtpy.QtWidgets import (
     QFormLayout,
     QFrame,
@@ -23,6 +25,8 @@ from napari_unet.steps import Progress  # noqa: TC001 (Qt slots)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Dock(QScrollArea):
@@ -53,13 +57,17 @@ class Dock(QScrollArea):
         return form
 
 
-def when_destroyed(widget: QWidget, action: Callable[[], object]) -> None:
-    """Call an action when Qt deletes a widget.
+def while_alive(method: Method) -> Method:
+    """Make a method of a `QObject` do nothing once Qt has deleted the object.
 
-    A method of the widget itself would not be called any more: so this takes a
-    function.
+    For callbacks of the viewer and the session, which outlive the docks.
     """
-    widget.destroyed.connect(lambda: action())
+
+    @wraps(method)
+    def guarded(self: QObject, *args: Any) -> Any:
+        return method(self, *args) if isalive(self) else None
+
+    return guarded  # type: ignore[return-value]
 
 
 def text_label(lines: int = 1) -> QLabel:

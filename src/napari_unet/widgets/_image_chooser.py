@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from qtpy.QtCore import QObject
 from qtpy.QtWidgets import QComboBox, QFormLayout, QLineEdit
 from superqt.utils import signals_blocked
 
 from napari_unet.inference.source import open_source
 from napari_unet.widgets import _layers
 from napari_unet.widgets._channels import ChannelChoosers
-from napari_unet.widgets._dock import when_destroyed
+from napari_unet.widgets._dock import while_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Model
 
 
-class ImageChooser:
+class ImageChooser(QObject):
     """The rows "Image", "Axes" and, where needed, one for each channel.
 
     The list follows the viewer's layers, the choice the active layer.
@@ -43,6 +44,7 @@ class ImageChooser:
         form: QFormLayout,
         on_change: Callable[[], None],
     ):
+        super().__init__(form)
         self._viewer = viewer
         self._on_change = on_change
         self._axes_by_layer: weakref.WeakKeyDictionary[Image, str]
@@ -64,7 +66,6 @@ class ImageChooser:
         viewer.layers.events.inserted.connect(self.reset)
         viewer.layers.events.removed.connect(self.reset)
         viewer.layers.selection.events.active.connect(self._follow_active)
-        when_destroyed(self._list, self._disconnect)
 
     @property
     def layer(self) -> Image | None:
@@ -96,6 +97,7 @@ class ImageChooser:
         """Show the channel rows that the model needs."""
         self._channels.update(self._viewer, self.layer, self.axes, model)
 
+    @while_alive
     def reset(self, event: object = None) -> None:
         """List the image layers again."""
         before = self.layer
@@ -114,21 +116,14 @@ class ImageChooser:
             )
         self._on_choice()
 
-    def _disconnect(self) -> None:
-        """Leave the viewer, which outlives the dock."""
-        layers = self._viewer.layers
-        layers.events.inserted.disconnect(self.reset)
-        layers.events.removed.disconnect(self.reset)
-        layers.selection.events.active.disconnect(self._follow_active)
-        for layer in layers:
-            layer.events.name.disconnect(self._on_renamed)
-
+    @while_alive
     def _follow_active(self, event: object = None) -> None:
         active = self._viewer.layers.selection.active
         for index in range(self._list.count()):
             if self._list.itemData(index) is active:
                 self._list.setCurrentIndex(index)
 
+    @while_alive
     def _on_renamed(self, event: object = None) -> None:
         for index in range(self._list.count()):
             self._list.setItemText(index, self._list.itemData(index).name)

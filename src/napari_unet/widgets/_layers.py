@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from napari_unet.inference.instances import ObjectTable
     from napari_unet.models.model import Model
 
+PROBABILITIES = "napari-unet probabilities of"  # key in a layer's metadata
+
 
 def image_array(layer: Image) -> Any:
     """Return the pixels; of a multiscale layer those of the finest level."""
@@ -171,7 +173,7 @@ def show_probabilities(
     """
     for index, class_name in enumerate(class_names):
         title = f"{name} {class_name} probability"
-        key = {"napari-unet": title}
+        key = {PROBABILITIES: title}
         old = next((layer for layer in viewer.layers if layer.metadata == key), None)
         pixels = np.asarray(data[index])
         if isinstance(old, Image) and old.ndim == pixels.ndim:
@@ -191,9 +193,13 @@ def show_probabilities(
 
 
 def image_layers(viewer: Viewer) -> list[Image]:
-    """Return the image layers, the topmost first."""
+    """Return the image layers, the topmost first, without our probabilities."""
     layers: list[Layer] = list(reversed(viewer.layers))
-    return [layer for layer in layers if type(layer) is Image]
+    return [
+        layer
+        for layer in layers
+        if type(layer) is Image and PROBABILITIES not in layer.metadata
+    ]
 
 
 def table_features(

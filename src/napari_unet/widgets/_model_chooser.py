@@ -10,6 +10,7 @@ from qtpy.QtWidgets import QComboBox, QFileDialog, QHBoxLayout, QToolButton, QWi
 
 from napari_unet.models.library import list_models, load_model
 from napari_unet.steps import Progress
+from napari_unet.widgets._dock import while_alive
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
@@ -106,14 +107,17 @@ class ModelChooser(QWidget):
         )
         self._on_change()
 
+    @while_alive
     def _on_loaded(self, model: Model) -> None:
         self.loaded = self.loading
         self._session.model = model
 
+    @while_alive
     def _on_failed(self, message: str) -> None:
         if self.chosen == self.loading:
             self._list.setCurrentIndex(self._list.findData(self.loaded))
 
+    @while_alive
     def _on_finished(self) -> None:
         self.loading = ""
         if self.chosen and self.chosen != self.loaded:

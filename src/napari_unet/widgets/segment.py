@@ -17,7 +17,7 @@ from napari_unet.inference.backends import DEVICES
 from napari_unet.inference.instances import ObjectSettings, ObjectTable
 from napari_unet.inference.store import ProbabilityStore, segment_into_steps
 from napari_unet.widgets import _layers, _session
-from napari_unet.widgets._dock import Dock, JobRow, text_label, when_destroyed
+from napari_unet.widgets._dock import Dock, JobRow, text_label, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
@@ -99,11 +99,7 @@ class SegmentWidget(Dock):
         self._relabel_timer.setInterval(RELABEL_DELAY)
         self._relabel_timer.timeout.connect(self._relabel)
         self._build(_session.recall(NAME))
-        on_model = self._on_model
-        session.events.model.connect(on_model)
-        when_destroyed(
-            self, lambda: session.events.model.disconnect(on_model, missing_ok=True)
-        )
+        session.events.model.connect(self._on_model)
         self.reset_choices()
         if session.model is not None:
             self._on_model(session.model)
@@ -188,6 +184,7 @@ class SegmentWidget(Dock):
         """List the image layers again; napari calls it too."""
         self._image.reset()
 
+    @while_alive
     def _on_model(self, model: Model) -> None:
         mine = _session.recall(NAME).get("objects", {}).get(self._chooser.chosen, {})
         self._objects.set_values(ObjectSettings.recommended(model.passport), mine)
@@ -323,7 +320,7 @@ class SegmentWidget(Dock):
             title=title,
             on_progress=self._on_progress,
             on_result=self._show,
-            on_error=self._job.status.setText,
+            on_error=self._on_error,
             on_finished=self._on_finished,
         )
         self._refresh()
@@ -333,6 +330,7 @@ class SegmentWidget(Dock):
             self._worker.quit()
             self._job.status.setText("Cancelled. The labels are as they were.")
 
+    @while_alive
     def _on_progress(self, step: Progress) -> None:
         if step.note:
             self._notes.append(step.note)
@@ -340,11 +338,17 @@ class SegmentWidget(Dock):
         if self._worker is not None and not self._worker.abort_requested:
             self._job.show_progress(step)
 
+    @while_alive
+    def _on_error(self, message: str) -> None:
+        self._job.status.setText(message)
+
+    @while_alive
     def _on_finished(self) -> None:
         self._worker = None
         self._job.set_running(False)
         self._refresh()
 
+    @while_alive
     def _show(self, result: Result) -> None:
         """Put the objects into the viewer."""
         run = self._run
@@ -376,10 +380,12 @@ class SegmentWidget(Dock):
         self._objects.count.setText(f"{count} object{'s' * (count != 1)}")
         self._job.status.setText(" ".join(words))
 
+    @while_alive
     def _on_data(self, event: Any) -> None:
         if self._run is not None and self._run.layer() is event.source:
             self._run.stale = True
 
+    @while_alive
     def _on_paint(self, event: Any) -> None:
         if event.source is self._labels:
             self._edited = True

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+from desk import intensity_model, slow_model, spots
+from napari.utils.notifications import notification_manager
+
+from napari_unet.inference.backends import Backend
+from napari_unet.models.checkpoint import save_model
+from napari_unet.training.scores import score_images
+from napari_unet.widgets import segment as segment_module
+from napari_unet.widgets._session import Session, recall
+from napari_unet.widgets.segment import SegmentWidget
+
+
+def engine_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("napari-unet")]
+
+
+def messages() -> list[str]:
+    return [str(note.message) for note in notification_manager.records]
+
+
+def test_open_sample_and_segment(make_napari_viewer, qtbot):
+    """The main job, from the menu to the objects, with the bundled model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        viewer = make_napari_viewer()
+    viewer.open_sample("napari-unet", "nuclei")
+    _, dock = viewer.window.add_plugin_dock_widget("napari-unet", "Segment")
+    assert isinstance(dock, SegmentWidget)
+    qtbot.waitUntil(dock._job.start.isEnabled, timeout=20_000)
+    dock._job.start.click()
+    qtbot.waitUntil(lambda: "nuclei objects" in viewer.layers, timeout=60_000)
+    qtbot.waitUntil(dock._job.start.isEnabled, timeout=20_000)
+    found, true = viewer.layers["nuclei objects"], viewer.layers["nuclei true labels"]
+    scores = score_images([(true.data, found.data)])
+    assert scores.at(0.5).average_precision >= 0.8
+    np.testing.assert_allclose(found.scale, viewer.layers["nuclei"].scale)
+    assert found.units == viewer.layers["nuclei"].units
+    assert len(found.features) == found.data.max()
+    assert list(found.features["index"]) == list(range(1, found.data.max() + 1))
+    assert f"{found.data.max()} objects" in dock._objects.count.text()
+
+
+def test_segment_twice_updates_the_same_layer(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64), name="cells")
+    on.segment()
+    first = on.labels
+    assert first.data.max() == 16
+    on.segment()
+    assert on.labels is first
+    assert len(on.viewer.layers) == 2
+
+
+def test_new_layer_on_request(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64))
+    on.dock._new_layer.value = True
+    on.segment()
+    on.segment()
+    assert len(on.viewer.layers) == 3
+
+
+def test_painted_labels_are_kept(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64), name="cells")
+    on.segment()
+    mine = on.labels
+    mine.selected_label = 99
+    mine.paint((40, 40), 99)
+    painted = mine.data.copy()
+    on.segment()
+    np.testing.assert_array_equal(mine.data, painted)
+    assert len(on.viewer.layers) == 3
+    assert "kept" in on.status
+
+
+def test_sliders_change_labels_without_the_network(desk, monkeypatch):
+    on = desk()
+    image = spots(64, 64)
+    image[:32][image[:32] > 0] = 55  # p = 0.73 instead of 1
+    on.viewer.add_image(image)
+    on.segment()
+    assert on.labels.data.max() == 16
+    monkeypatch.setattr(Backend, "run", None)
+    on.dock._objects._threshold.setValue(0.9)
+    on.wait_until(lambda: on.labels.data.max() == 8, 5)
+    on.dock._objects._threshold.setValue(0.5)
+    on.wait_until(lambda: on.labels.data.max() == 16, 5)
+    on.dock._objects._smallest.setValue(40)
+    on.wait_until(lambda: on.labels.data.max() == 0, 5)
+    assert "0 objects" in on.dock._objects.count.text()
+
+
+def test_cancel_acts_within_a_second(desk):
+    on = desk(slow_model())
+    on.viewer.add_image(np.random.default_rng(0).random((2048, 2048), np.float32))
+    on.click_segment()
+    on.wait_until(on.button("Cancel").isEnabled)
+    on.wait_until(lambda: len(engine_threads()) > 0)
+    time.sleep(0.3)  # into the first tile
+    started = time.monotonic()
+    on.button("Cancel").click()
+    on.wait_for_end()
+    assert time.monotonic() - started < 1
+    assert "Cancelled" in on.status
+    assert len(on.viewer.layers) == 1
+    on.wait_until(lambda: not engine_threads(), 5)
+    # The second click works.
+    on.session.model = intensity_model()
+    on.segment()
+    assert len(on.viewer.layers) == 2
+
+
+@pytest.mark.parametrize("change", ["delete", "rename", "clear", "replace data"])
+def test_layers_may_change_during_a_run(desk, change):
+    on = desk(slow_model())
+    layer = on.viewer.add_image(
+        np.random.default_rng(0).random((300, 300), np.float32),
+        name="cells",
+        scale=(2, 3),
+    )
+    on.click_segment()
+    on.wait_until(on.button("Cancel").isEnabled)
+    if change == "delete":
+        on.viewer.layers.remove(layer)
+    elif change == "rename":
+        layer.name = "renamed"
+    elif change == "clear":
+        on.viewer.layers.clear()
+    else:
+        layer.data = np.zeros((300, 300), np.float32)
+    on.wait_for_end()
+    assert on.labels.name == "cells objects"
+    np.testing.assert_array_equal(on.labels.scale, (2, 3))
+    assert ("has changed" in on.status) == (change == "replace data")
+    if change == "rename":
+        assert on.image_names() == ["renamed"]
+    if change in ("delete", "clear"):
+        assert not on.button("Segment").isEnabled()
+        assert "no image layer" in on.button("Segment").toolTip()
+
+
+def test_dims_may_change_during_a_run(desk):
+    on = desk(slow_model())
+    on.viewer.add_image(np.random.default_rng(0).random((3, 200, 200), np.float32))
+    on.click_segment()
+    on.wait_until(on.button("Cancel").isEnabled)
+    on.viewer.dims.ndisplay = 3
+    on.viewer.dims.set_point(0, 2)
+    on.viewer.dims.order = (2, 1, 0)
+    on.wait_for_end()
+    assert on.labels.data.shape == (3, 200, 200)
+
+
+def test_twenty_clicks_are_one_job(desk):
+    on = desk()
+    on.viewer.add_image(spots(256, 256))
+    on.wait_until(on.button("Segment").isEnabled)
+    for _ in range(20):
+        on.button("Segment").click()
+        on.dock._segment()
+    on.wait_for_end()
+    assert len(on.viewer.layers) == 2
+
+
+def test_slices_and_views_add_up(desk):
+    on = desk(show=True)
+    on.viewer.add_image(spots(3, 64, 64), name="stack")
+    on.viewer.dims.set_point(0, 1)
+    on.choose_scope("slice")
+    on.segment()
+    counts = [len(np.unique(plane)) - 1 for plane in on.labels.data]
+    assert counts == [0, 16, 0]
+    on.viewer.dims.set_point(0, 2)
+    on.segment()
+    counts = [len(np.unique(plane)) - 1 for plane in on.labels.data]
+    assert counts == [0, 16, 16]
+    assert on.labels.data.max() == 32  # numbers run on
+    on.viewer.dims.set_point(0, 0)
+    camera = getattr(on.viewer, "scene", on.viewer).camera  # moved in napari 0.9
+    camera.center = (0, 16, 16)
+    camera.zoom = 40
+    image = on.viewer.layers["stack"]
+    on.wait_until(lambda: image.corner_pixels[1][1] < 50)  # when it is drawn
+    on.choose_scope("view")
+    on.segment()
+    seen = len(np.unique(on.labels.data[0])) - 1
+    assert 0 < seen < 16
+    on.choose_scope("all")
+    on.segment()
+    assert on.labels.data.max() == 48
+
+
+def test_labels_lie_on_the_image(desk):
+    on = desk()
+    image = on.viewer.add_image(
+        spots(2, 48, 48),
+        scale=(2, 0.5, 0.5),
+        translate=(10, 20, 30),
+        rotate=(0, 0, 30),
+        shear=(0.1, 0.2, 0.3),
+        affine=np.array([[1, 0, 0, 5], [0, 1.1, 0, 6], [0, 0, 1.2, 7], [0, 0, 0, 1]]),
+        units=("s", "um", "um"),
+        axis_labels=("t", "y", "x"),
+    )
+    on.segment()
+    for name in ("scale", "translate", "rotate", "shear"):
+        np.testing.assert_allclose(getattr(on.labels, name), getattr(image, name))
+    np.testing.assert_allclose(
+        on.labels.affine.affine_matrix, image.affine.affine_matrix
+    )
+    assert on.labels.units == image.units
+    assert on.labels.axis_labels == image.axis_labels
+    corner = (1, 40, 40)
+    np.testing.assert_allclose(
+        on.labels.data_to_world(corner), image.data_to_world(corner)
+    )
+    assert "area (µm²)" in on.labels.features
+    np.testing.assert_allclose(on.labels.features["area (µm²)"], 36 * 0.25)
+
+
+def test_multiscale_uses_the_finest_level(desk):
+    on = desk()
+    image = spots(128, 128)
+    on.viewer.add_image([image, image[::2, ::2]], multiscale=True)
+    on.segment()
+    assert on.labels.data.shape == (128, 128)
+    assert on.labels.data.max() == 64
+
+
+def test_rgb_layer(desk):
+    on = desk()
+    gray = spots(64, 64)
+    on.viewer.add_image(np.stack([gray, gray, gray], axis=-1), rgb=True)
+    on.segment()
+    assert on.labels.data.shape == (64, 64)
+    assert on.labels.data.max() == 16
+    assert "gray" in on.status
+
+
+def test_channels_from_separate_layers(desk):
+    on = desk(intensity_model(channels=2))
+    on.viewer.add_image(np.zeros((64, 64), np.uint8), name="red")
+    on.viewer.add_image(spots(64, 64), name="green")
+    boxes = on.dock._image._channels._boxes
+    assert [box.count() for box in boxes] == [2, 2]
+    boxes[0].setCurrentText("red")
+    boxes[1].setCurrentText("green")
+    on.segment()
+    assert on.labels.data.max() == 16
+    boxes[0].setCurrentText("green")
+    boxes[1].setCurrentText("red")
+    on.segment()
+    assert {layer.data.max() for layer in on.viewer.layers[2:]} == {16, 0}
+
+
+def test_channel_of_one_layer(desk):
+    on = desk()
+    image = np.stack([np.zeros((64, 64), np.uint8), spots(64, 64)])
+    on.viewer.add_image(image, axis_labels=("c", "y", "x"))
+    (box,) = on.dock._image._channels._boxes
+    assert [box.itemText(i) for i in range(2)] == ["channel 1", "channel 2"]
+    box.setCurrentIndex(1)
+    on.segment()
+    assert on.labels.data.shape == (64, 64)
+    assert on.labels.data.max() == 16
+
+
+def test_axes_can_be_corrected(desk):
+    on = desk(intensity_model(ndim=3))
+    on.viewer.add_image(spots(5, 64, 64))
+    assert on.dock._image.axes == "ZYX"
+    on.segment()
+    assert on.labels.data.max() == 16  # columns through the volume
+    on.dock._image._axes.setText("TYX")
+    on.dock._image._axes.textEdited.emit("TYX")
+    assert not on.button("Segment").isEnabled()
+    assert "has no Z" in on.dock._about.text()
+
+
+def test_probabilities_as_a_layer(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64), name="cells", scale=(2, 2))
+    on.dock._show_probabilities.value = True
+    on.segment()
+    on.segment()
+    layers = [x for x in on.viewer.layers if "probability" in x.name]
+    assert [x.name for x in layers] == ["cells spot probability"]
+    np.testing.assert_array_equal(layers[0].data > 127, spots(64, 64) > 0)
+
+
+def test_broken_checkpoint_leaves_the_model(desk, tmp_path):
+    on = desk()
+    before = on.session.model
+    good = save_model(before, tmp_path / "good.safetensors")
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(good.read_bytes()[:-100])
+    on.viewer.add_image(spots(64, 64))
+    on.dock._chooser.open_checkpoint(str(bad))
+    on.wait_until(lambda: not on.dock._chooser.loading)
+    assert on.session.model is before
+    assert any("incomplete" in text for text in messages())
+    on.dock._chooser.open_checkpoint(str(good))
+    on.wait_until(lambda: on.session.model is not before)
+    on.segment()
+    assert on.labels.data.max() == 16
+
+
+def test_engine_errors_are_words_and_the_button_comes_back(desk):
+    on = desk()
+    on.viewer.add_image(np.full((64, 64), np.nan))
+    on.segment()
+    assert "no finite pixels" in on.status
+    assert any("no finite pixels" in text for text in messages())
+    assert on.button("Segment").isEnabled()
+
+
+@pytest.mark.filterwarnings("ignore:RuntimeError in aborted thread")
+def test_runtime_errors_are_not_swallowed(desk, monkeypatch):
+    def broken(self, image):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Backend, "run", broken)
+    on = desk()
+    on.viewer.add_image(spots(64, 64))
+    with on.qtbot.capture_exceptions() as raised:
+        on.click_segment()
+        on.wait_until(lambda: "shapes do not fit" in on.status)
+        on.wait_until(on.button("Segment").isEnabled)
+    # Raised on the main thread, where napari shows it with its traceback.
+    assert [str(value) for _, value, _ in raised] == ["shapes do not fit"]
+
+
+def test_settings_are_remembered(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64))
+    on.choose_scope("slice")
+    on.dock._device.value = "cpu"
+    on.dock._objects._threshold.setValue(0.7)
+    on.segment()
+    assert recall("Segment")["scope"] == "slice"
+    again = SegmentWidget(on.viewer, Session(intensity_model()))
+    assert again._chosen_scope == "slice"
+    assert again._device.value == "cpu"
+    assert again._objects.values()["threshold"] == 0.7
+    again.deleteLater()
+
+
+def test_closed_dock_leaves_the_viewer_alone(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64))
+    on.viewer.window.remove_dock_widget(on.dock)
+    on.dock.deleteLater()
+    on.qtbot.wait(50)
+    on.viewer.add_image(spots(64, 64), name="later")
+    on.viewer.layers[0].name = "renamed"
+    on.session.model = intensity_model()
+
+
+def test_scopes_have_words():
+    assert list(segment_module.SCOPES) == ["slice", "view", "all"]
