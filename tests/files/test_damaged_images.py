@@ -2,12 +2,15 @@
 
 import logging
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import tifffile
+from child_reader import needs_limits, read_in_child
 
 from napari_unet.errors import BadInput
 from napari_unet.files.images import read_image
@@ -28,6 +31,7 @@ LAYOUTS = {
     "strips packbits": {"compression": "packbits", "rowsperstrip": 5},
     "bigtiff": {"bigtiff": True},
     "one header": {"imagej": True, "truncate": True},
+    "one shaped header": {"truncate": True},
     "big endian": {"byteorder": ">", "metadata": None},
 }
 
@@ -318,37 +322,88 @@ def test_ome_renamed_single_file(tmp_path):
     assert np.array_equal(image.data, PIXELS)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('SizeZ="2"', 'SizeZ="3"'),
-        ('SizeZ="2"', 'SizeZ="900000000"'),
-        ('SizeZ="2"', 'SizeZ="0"'),
-        ('SizeZ="2"', 'SizeZ="-2"'),
-        ('SizeZ="2"', 'SizeZ="1e3"'),
-        ('SizeT="1"', 'SizeT="999999999"'),
-        ('FirstZ="1"', 'FirstZ="99999999"'),
-        ('FirstZ="1"', 'FirstZ="7"'),
-        ('FirstZ="1" IFD="0"', 'FirstZ="1" IFD="9"'),
-        ('PlaneCount="1"', 'PlaneCount="999999999"'),
-        ('PlaneCount="1"', 'PlaneCount="4"'),
-        ('DimensionOrder="XYZCT"', 'DimensionOrder="XYZ"'),
-        ("</OME>", ""),
-        ('<?xml version="1.0"?>', '<!DOCTYPE a [<!ENTITY b "c">]>'),
-        (
-            "</Image>",
-            '</Image><StructuredAnnotations><XMLAnnotation ID="A" '
-            'Namespace="openmicroscopy.org/omero/dimension/modulo"><Value><Modulo>'
-            '<ModuloAlongZ Type="phase" Start="0" End="1e12" Step="1"/></Modulo>'
-            "</Value></XMLAnnotation></StructuredAnnotations>",
-        ),
-    ],
-)
+FORGERIES = [
+    ('SizeZ="2"', 'SizeZ="3"'),
+    ('SizeZ="2"', 'SizeZ="900000000"'),
+    ('SizeZ="2"', 'SizeZ="0"'),
+    ('SizeZ="2"', 'SizeZ="-2"'),
+    ('SizeZ="2"', 'SizeZ="1e3"'),
+    ('SizeT="1"', 'SizeT="999999999"'),
+    ('FirstZ="1"', 'FirstZ="99999999"'),
+    ('FirstZ="1"', 'FirstZ="7"'),
+    ('FirstZ="1" IFD="0"', 'FirstZ="1" IFD="9"'),
+    ('PlaneCount="1"', 'PlaneCount="999999999"'),
+    ('PlaneCount="1"', 'PlaneCount="4"'),
+    ('DimensionOrder="XYZCT"', 'DimensionOrder="XYZ"'),
+    ("</OME>", ""),
+    ('<?xml version="1.0"?>', '<!DOCTYPE a [<!ENTITY b "c">]>'),
+    (
+        "</Image>",
+        '</Image><StructuredAnnotations><XMLAnnotation ID="A" '
+        'Namespace="openmicroscopy.org/omero/dimension/modulo"><Value><Modulo>'
+        '<ModuloAlongZ Type="phase" Start="0" End="1e12" Step="1"/></Modulo>'
+        "</Value></XMLAnnotation></StructuredAnnotations>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), FORGERIES)
 def test_forged_ome_headers(tmp_path, old, new):
     first = ome_set(tmp_path)
     replace(first, old, new)
     with pytest.raises(BadInput, match=r"^a\.ome\.tif"):
         read_image(first)
+
+
+@needs_limits
+def test_forged_ome_headers_take_no_memory(tmp_path):
+    ome_set(tmp_path)
+    template = (tmp_path / "a.ome.tif").read_bytes()
+    for number, (old, new) in enumerate(FORGERIES):
+        path = tmp_path / f"{number}.ome.tif"
+        path.write_bytes(template)
+        replace(path, old, new)
+    results = read_in_child(tmp_path)
+    assert sum(result["outcome"] != "read" for result in results.values()) == len(
+        FORGERIES
+    )
+    assert max(result["kB"] for result in results.values()) < 100_000
+
+
+def test_other_threads_do_not_disturb(tmp_path, caplog):
+    """What tifffile says to another thread is about another file."""
+    path = tmp_path / "a.tif"
+    write(path)
+    stop = threading.Event()
+
+    def complain() -> None:
+        while not stop.is_set():
+            logging.getLogger("tifffile").error("invalid page offset 7")
+
+    other = threading.Thread(target=complain)
+    other.start()
+    try:
+        for _ in range(20):
+            assert np.array_equal(read_image(path).data, PIXELS)
+    finally:
+        stop.set()
+        other.join()
+    assert len(caplog.records) > 20
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cut_file_is_refused_before_its_first_plane_is_computed(
+    tmp_path, layout, monkeypatch
+):
+    class Memory:
+        available = 10_000
+
+    path = tmp_path / "a.tif"
+    whole = write(path, **dict(LAYOUTS[layout]))
+    path.write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    with pytest.raises(BadInput, match=r"^a\.tif"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
