@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from napari_unet.network.unet import UNet
 
 
+MAX_RESCALING = 32  # beyond, a pixel size is a mistake and would fill the memory
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
@@ -220,6 +223,11 @@ class Model:
         tuple of float or None
             One factor for each spatial axis of the network; None if either
             pixel size is unknown or they agree within 5 %.
+
+        Raises
+        ------
+        BadInput
+            If the sizes differ so much that one of them must be wrong.
         """
         axes = "ZYX"[-self.ndim :]
         wanted = self.passport.pixel_size
@@ -230,6 +238,13 @@ class Model:
         )
         if np.allclose(factors, 1, atol=0.05):
             return None
+        for axis, factor in zip(axes, factors, strict=True):
+            if not 1 / MAX_RESCALING <= factor <= MAX_RESCALING:
+                raise BadInput(
+                    f"The image has pixels of {pixel_size[axis]:.3g} µm along {axis}, "
+                    f"the model was trained at {pixel_size[axis] / factor:.3g} µm. "
+                    "One of them is wrong: correct the image's pixel size or scale."
+                )
         return factors
 
     def describe_fit(self, pixel_size: dict[str, float]) -> str:
