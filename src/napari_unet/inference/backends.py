@@ -91,7 +91,8 @@ def _problem(name: str) -> str:
         if float(result.cpu().mean()) != 9.0:
             return "it computes wrong results"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        return str(error).strip().splitlines()[0].rstrip(".")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0].rstrip(".")
     return ""
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
@@ -242,8 +241,8 @@ class Predictor:
         result = np.zeros((classes, *shape), dtype=np.float32)
         weight = np.zeros(shape, dtype=np.float32) if any(self._overlap) else None
         waiting = deque(self._tiles)
-        done = 0
         while waiting:
+            done = len(self._tiles) - len(waiting)
             tile = waiting.popleft()
             computing = self._pool.submit(self._predict, source, scaling, unit, tile)
             out_of_memory = False
@@ -259,6 +258,7 @@ class Predictor:
                 # Outside the handler, whose traceback holds the tensors.
                 del computing
                 note = self._make_room(tile, waiting)
+                done = len(self._tiles) - len(waiting)
                 yield self._progress(index, done, note=note)
                 continue
             box = tuple(
@@ -271,8 +271,7 @@ class Predictor:
                 window = blending_window(kept, tile, self._grid_shape)
                 result[(slice(None), *box)] += window * probabilities
                 weight[box] += window
-            done += 1
-            yield self._progress(index, done)
+            yield self._progress(index, done + 1)
         if weight is not None:
             result /= weight
         return result
@@ -393,13 +392,9 @@ class Predictor:
         self, future: Future[Any], index: int, done: int
     ) -> Generator[Progress, None, Any]:
         """Wait for a future, yielding so that the caller can cancel."""
-        while True:
-            try:
-                return future.result(timeout=HEARTBEAT)
-            except NotYet:
-                if future.done():
-                    raise
+        while not wait([future], HEARTBEAT).done:
             yield self._progress(index, done)
+        return future.result()
 
     def _progress(self, index: int, done: int, note: str = "") -> Progress:
         before = index * len(self._tiles)

@@ -168,11 +168,13 @@ class Source:
         An array in memory is used whole; of a larger lazy image (or beyond
         2**27 pixels) a sample with a fixed seed.
         """
-        if unit is not None:
-            return how.fit(self._sample([dict(unit)]))
-        everything = self.full_region(None)
-        scaling = how.fit(self._sample(list(self.units(everything))))
-        if np.isnan(scaling.fill).all():
+        if unit is None:
+            units = list(self.units(self.full_region(None)))
+        else:
+            units = [dict(unit)]
+        scaling = how.fit(self._sample(units))
+        # A bad plane of a stack is background, as other bad pixels are.
+        if np.isnan(scaling.fill).all() and (unit is None or not self.loop):
             raise BadInput(
                 "The image has no finite pixels: all are NaN or infinite. Check how "
                 "it was saved."
@@ -315,7 +317,7 @@ def _check_axes(image: Any, axes: str | None, model: Model) -> str:
         axes = DEFAULT_AXES.get(image.ndim, "")
     axes = axes.upper()
     shape = " x ".join(str(n) for n in image.shape)
-    hint = f"Give its axes, e.g. axes='{('TCZYX' + 'S')[-max(image.ndim, 2) :]}'."
+    hint = f"Give its axes, e.g. axes='{'TCZYX'[-max(image.ndim, 2) :]}'."
     if len(axes) != image.ndim:
         raise BadInput(
             f"The image has {image.ndim} axes ({shape}) but axes={axes!r} names "
