@@ -100,6 +100,7 @@ class Predictor:
         self._backend = Backend(model.network, chosen.name, precision)
         self._scaling: Scaling | None = None
         self._non_finite = 0
+        self._tiles_were_split = False
         self._set_grid(dict(pixel_size or {}))
         self._set_tiles(tile_shape)
         self._pool = ThreadPoolExecutor(2, "napari-unet")
@@ -369,7 +370,9 @@ class Predictor:
                     small = max(old.shape) < longest
                     waiting.extend([old] if small or both is None else both)
                 self._tiles = list(self._all_split(longest))
-                return f"Memory ran out on {device}; going on with smaller tiles."
+                said, self._tiles_were_split = self._tiles_were_split, True
+                note = f"Memory ran out on {device}; going on with smaller tiles."
+                return "" if said else note
         if device == "cpu":
             raise OutOfMemory(
                 "Memory ran out even for the smallest tile. Close other programs or "
