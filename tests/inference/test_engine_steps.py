@@ -1,0 +1,411 @@
+"""The generator protocol, running out of memory, and the choice of a device."""
+
+import copy
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from whole_image import random_image, reference, trained_model
+
+from napari_unet import predict, segment
+from napari_unet.errors import BadInput, OutOfMemory
+from napari_unet.inference import backends, engine
+from napari_unet.inference.backends import Backend, Device, choose_device
+from napari_unet.inference.engine import predict_steps
+from napari_unet.inference.segment import segment_steps
+from napari_unet.models.model import Model
+from napari_unet.network.unet import UNet
+from napari_unet.steps import Progress, run_to_end
+
+
+def collect(steps):
+    ticks = []
+    while True:
+        try:
+            ticks.append(next(steps))
+        except StopIteration as stop:
+            return ticks, stop.value
+
+
+def check_ticks(ticks: list[Progress]) -> None:
+    """Determinate, monotone, and complete at the end."""
+    assert all(isinstance(tick, Progress) for tick in ticks)
+    assert all(0 <= tick.done <= tick.total for tick in ticks)
+    for earlier, later in itertools.pairwise(ticks):
+        assert earlier.done <= later.done
+        assert earlier.total <= later.total
+    assert ticks[-1].done == ticks[-1].total
+    notes = [tick.note for tick in ticks if tick.note]
+    assert len(notes) == len(set(notes))
+    for tick in ticks:
+        number, total = tick.message.removeprefix("tile ").split(" of ")
+        assert 1 <= int(number) <= int(total) == tick.total
+
+
+# --- progress ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", ["YX", "ZYX"])
+@pytest.mark.parametrize("steps", [predict_steps, segment_steps])
+def test_progress_counts_tiles(axes, steps, model):
+    image = random_image((1, 3, 40, 33))[0][(0,) * (3 - len(axes))]
+    ticks, result = collect(steps(image, model, axes=axes, tile_shape=(16, 16)))
+    check_ticks(ticks)
+    tiles = 9 * (3 if axes == "ZYX" else 1)
+    assert {tick.total for tick in ticks} == {tiles}
+    assert {tick.done for tick in ticks} >= set(range(1, tiles + 1))
+    blocking = predict if steps is predict_steps else segment
+    np.testing.assert_array_equal(
+        result, blocking(image, model, axes=axes, tile_shape=(16, 16))
+    )
+
+
+def test_progress_while_rescaling(image):
+    model = trained_model()
+    passport = model.passport.model_copy(update={"pixel_size": (0.5, 0.5)})
+    steps = predict_steps(
+        image,
+        Model(model.network, passport),
+        tile_shape=(16, 16),
+        pixel_size={"Y": 0.3, "X": 0.3},
+    )
+    ticks, _ = collect(steps)
+    check_ticks(ticks)
+    assert [tick.note for tick in ticks if tick.note] == [
+        "Your pixels are 0.3 µm, the model was trained at 0.5 µm: rescaling by 0.60."
+    ]
+
+
+def test_run_to_end_returns_the_result():
+    def steps():
+        yield 1
+        yield 2
+        return "result"
+
+    assert run_to_end(steps()) == "result"
+
+
+def slow_model(seconds: float, **options) -> Model:
+    """Every convolution waits before it starts."""
+    network = copy.deepcopy(trained_model(**options).network)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+            module.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    return Model(network)
+
+
+def test_a_long_tile_has_heartbeats(monkeypatch, image):
+    steps = predict_steps(image, slow_model(0.15))  # 13 convolutions in one tile
+    times, ticks = [time.monotonic()], []
+    for tick in steps:
+        times.append(time.monotonic())
+        ticks.append(tick)
+    assert times[-1] - times[0] > 1
+    assert np.diff(times).max() < 0.5
+    assert len(ticks) > 4
+    assert {tick.done for tick in ticks[:-1]} == {0}
+    check_ticks(ticks)
+
+
+def engine_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("napari-unet")]
+
+
+@pytest.mark.parametrize("steps", [predict_steps, segment_steps])
+@pytest.mark.parametrize("augment", [False, True])
+def test_closing_ends_the_computation_within_a_second(steps, augment, image):
+    running = steps(image, slow_model(0.2), test_time_augmentation=augment)
+    for _ in range(3):
+        assert next(running).done == 0
+    assert engine_threads()
+    start = time.monotonic()
+    running.close()
+    assert time.monotonic() - start < 0.2
+    for thread in engine_threads():
+        thread.join(timeout=1)
+    assert not engine_threads()
+    assert time.monotonic() - start < 1
+
+
+def test_closing_at_every_tick(model):
+    image = random_image((1, 2, 40, 33))[0]
+    for count in range(9):
+        steps = predict_steps(image, model, axes="ZYX", tile_shape=(32, 32))
+        for _ in range(count):
+            next(steps)
+        steps.close()
+
+
+def test_a_tile_that_ends_just_after_the_heartbeat(monkeypatch, image, model):
+    """Whatever the timing, a tick is a tick and never an error."""
+    monkeypatch.setattr(engine, "HEARTBEAT", 1e-5)
+    wanted = reference(model, image[None])
+    for _ in range(3):
+        ticks, result = collect(predict_steps(image, model, tile_shape=(8, 8)))
+        check_ticks(ticks)
+        np.testing.assert_allclose(result, wanted, atol=1e-4)
+
+
+def test_nothing_runs_before_the_first_step(image):
+    predict_steps(image, slow_model(1)).close()
+    assert not engine_threads()
+
+
+def test_the_model_is_left_as_it_is(image, model):
+    before = {k: v.clone() for k, v in model.network.state_dict().items()}
+    model.network.train()
+    try:
+        predict(image, model)
+        assert model.network.training
+        assert all(p.requires_grad for p in model.network.parameters())
+    finally:
+        model.network.eval()
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(m._forward_pre_hooks for m in model.network.modules())
+
+
+def test_a_failing_source_is_not_swallowed(model):
+    class Broken:
+        shape, dtype, ndim = (30, 30), np.dtype("u1"), 2
+
+        def __getitem__(self, index):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        predict(Broken(), model)
+
+
+# --- out of memory -------------------------------------------------------------
+
+
+SIGNS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("MPS backend out of memory"),
+]
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Return a function that makes the network fail above a number of pixels.
+
+    It returns the list of the inputs that were computed.
+    """
+
+    def limit(pixels: float, error: Exception = SIGNS[0]):
+        forward, computed = UNet.forward, []
+
+        def limited_forward(self, image):
+            if image[0, 0].numel() > pixels:
+                raise error
+            computed.append(tuple(image.shape[2:]))
+            return forward(self, image)
+
+        monkeypatch.setattr(UNet, "forward", limited_forward)
+        return computed
+
+    return limit
+
+
+@pytest.mark.parametrize("error", SIGNS, ids=str)
+def test_tiles_are_halved_until_they_fit(error, limited, model):
+    image = random_image((1, 300, 260))[0]
+    wanted = reference(model, image[None])
+    computed = limited(150**2, error)
+    ticks, result = collect(predict_steps(image, model, tile_shape=(512, 512)))
+    np.testing.assert_allclose(result, wanted, atol=1e-4)
+    check_ticks(ticks)
+    notes = [tick.note for tick in ticks if tick.note]
+    assert notes == ["Memory ran out on cpu; going on with smaller tiles."]
+    assert len(computed) == ticks[-1].total
+
+
+def test_finished_tiles_are_kept(monkeypatch, model):
+    """Memory runs out at the fourth of six tiles; only three are split."""
+    image = random_image((1, 256, 384))[0]
+    wanted = reference(model, image[None])
+    forward, calls, computed = UNet.forward, [], []
+
+    def fail_once(self, tile):
+        calls.append(tile.shape)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        computed.append(tile.shape)
+        return forward(self, tile)
+
+    monkeypatch.setattr(UNet, "forward", fail_once)
+    ticks, result = collect(predict_steps(image, model, tile_shape=(128, 128)))
+    np.testing.assert_allclose(result, wanted, atol=1e-4)
+    assert len(computed) == 3 + 3 * 2
+    check_ticks(ticks)
+    assert ticks[-1].total == 12
+
+
+def test_the_planes_to_come_are_split_too(limited, model):
+    image = random_image((1, 3, 300, 100))[0]
+    wanted = predict(image, model, axes="ZYX")
+    limited(40_000)
+    failures = []
+    network_run = Backend.run
+
+    def run(self, pixels):
+        try:
+            return network_run(self, pixels)
+        except torch.OutOfMemoryError:
+            failures.append(pixels.shape)
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backend, "run", run)
+        ticks, result = collect(
+            predict_steps(image, model, axes="ZYX", tile_shape=(300, 100))
+        )
+    np.testing.assert_allclose(result, wanted, atol=1e-4)
+    check_ticks(ticks)
+    assert len(failures) == 1
+
+
+def test_tiles_of_a_valid_network_are_halved(limited):
+    model = trained_model(padding="valid")
+    image = random_image((1, 260, 200))[0]
+    wanted = predict(image, model, tile_shape=(512, 512))
+    limited(180**2)
+    result = predict(image, model, tile_shape=(512, 512))
+    np.testing.assert_allclose(result, wanted, atol=1e-4)
+
+
+def test_blended_tiles_are_halved(limited):
+    model = trained_model(norm="instance")
+    image = random_image((1, 460, 200))[0]
+    wanted = predict(image, model, tile_shape=(230, 200))
+    limited(180**2)
+    result = predict(image, model, tile_shape=(230, 200))
+    np.testing.assert_allclose(result.sum(axis=0), 1, atol=1e-5)
+    # Every tile has statistics of its own.
+    assert np.abs(result - wanted).mean() < 0.05
+
+
+def test_halving_while_rescaling_and_augmenting(limited, model):
+    passport = model.passport.model_copy(update={"pixel_size": (0.5, 0.5)})
+    model = Model(model.network, passport)
+    image = random_image((1, 150, 190))[0]
+    options = {"pixel_size": {"Y": 1.0, "X": 1.0}, "test_time_augmentation": True}
+    wanted = predict(image, model, **options)
+    limited(200**2)
+    result = predict(image, model, tile_shape=(512, 512), **options)
+    np.testing.assert_allclose(result, wanted, atol=1e-4)
+
+
+def test_nothing_fits(limited, model, image):
+    limited(0)
+    with pytest.raises(OutOfMemory, match="even for the smallest tile"):
+        predict(image, model)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")],
+    ids=str,
+)
+def test_other_errors_pass(error, limited, model, image):
+    limited(0, error)
+    with pytest.raises(type(error), match=str(error)):
+        predict(image, model)
+
+
+# --- devices -------------------------------------------------------------------
+
+
+class FullGpu:
+    """A backend on a GPU without memory."""
+
+    device = torch.device("cuda")
+    max_input_pixels = 10**6
+
+    def run(self, pixels):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def empty_cache(self):
+        pass
+
+    stop = empty_cache
+
+
+def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model):
+    image = random_image((1, 200, 180))[0]
+    monkeypatch.setattr(engine, "choose_device", lambda wanted: Device("cuda"))
+    monkeypatch.setattr(
+        engine,
+        "Backend",
+        lambda network, device, precision: (
+            FullGpu() if device == "cuda" else Backend(network, device, precision)
+        ),
+    )
+    ticks, result = collect(predict_steps(image, model, tile_shape=(128, 128)))
+    np.testing.assert_allclose(result, reference(model, image[None]), atol=1e-4)
+    check_ticks(ticks)
+    assert [tick.note for tick in ticks if tick.note] == [
+        "Memory ran out on cuda; going on with smaller tiles.",
+        "Memory ran out on cuda; going on on the CPU, which is slower.",
+    ]
+
+
+FAILURES = [
+    RuntimeError("CUDA error: no kernel image is available for execution."),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    AssertionError("Torch not compiled with CUDA enabled"),
+    RuntimeError(""),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=repr)
+def test_a_gpu_that_does_not_work_is_left(error, monkeypatch, model, image):
+    def fail(*args, **kwargs):
+        assert kwargs["device"] == "cuda"
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.torch, "ones", fail)
+    device = choose_device("auto")
+    assert device.name == "cpu"
+    assert device.note.startswith("The GPU cannot be used (")
+    assert device.note.endswith("); computing on the CPU.")
+    assert str(error).split(".")[0] in device.note
+    with pytest.raises(BadInput, match=r"device 'cuda' cannot be used: .*'cpu'"):
+        choose_device("cuda")
+    ticks, result = collect(predict_steps(image, model))
+    assert [tick.note for tick in ticks if tick.note] == [device.note]
+    np.testing.assert_allclose(result, reference(model, image[None]), atol=1e-4)
+
+
+def test_a_gpu_that_computes_nonsense_is_left(monkeypatch):
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.torch, "ones", lambda *shape, device: 2 * ones(*shape))
+    assert "wrong results" in choose_device("auto").note
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:0", "cuda:99", "cuda:x", "mps"])
+def test_a_missing_device_is_refused(wanted, model, image):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("this computer has a GPU")
+    with pytest.raises(BadInput, match=f"device '{wanted}' cannot be used"):
+        predict(image, model, device=wanted)
+
+
+def test_cpu_needs_no_probe(monkeypatch):
+    monkeypatch.setattr(backends, "_problem", lambda name: "must not be asked")
+    assert choose_device("cpu") == Device("cpu")
+
+
+def test_precision_makes_no_difference_on_the_cpu(model, image):
+    np.testing.assert_array_equal(
+        predict(image, model, device="cpu", precision="float32"),
+        predict(image, model, device="cpu", precision="auto"),
+    )
