@@ -285,6 +285,36 @@ def test_axes_can_be_corrected(desk):
     assert "has no Z" in on.dock._about.text()
 
 
+def test_chooser_follows_the_viewer(desk):
+    on = desk()
+    first = on.viewer.add_image(spots(64, 64), name="first")
+    assert on.dock._image.layer is first
+    second = on.viewer.add_image(spots(64, 64), name="second")
+    assert on.dock._image.layer is second
+    on.viewer.layers.selection.active = first
+    assert on.dock._image.layer is first
+    on.viewer.add_labels(spots(64, 64), name="not an image")
+    assert on.dock._image.layer is first
+    on.viewer.layers.remove(first)
+    assert on.dock._image.layer is second
+
+
+def test_axes_are_guessed(desk):
+    on = desk()
+    for shape, more, axes in (
+        ((8, 8), {}, "YX"),
+        ((3, 8, 8), {}, "ZYX"),
+        ((3, 8, 8), {"units": ("min", "um", "um")}, "TYX"),
+        ((3, 8, 8), {"axis_labels": ("channel", "y", "x")}, "CYX"),
+        ((2, 3, 8, 8), {}, "TZYX"),
+        ((2, 2, 3, 8, 8), {}, "TCZYX"),
+        ((8, 8, 3), {"rgb": True}, "YXS"),
+    ):
+        on.viewer.add_image(np.zeros(shape, np.uint8), **more)
+        assert on.dock._image.axes == axes
+        on.viewer.layers.clear()
+
+
 def test_probabilities_as_a_layer(desk):
     on = desk()
     on.viewer.add_image(spots(64, 64), name="cells", scale=(2, 2))

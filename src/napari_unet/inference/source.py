@@ -320,7 +320,7 @@ def _check_axes(image: Any, axes: str | None, model: Model) -> str:
     hint = f"Give its axes, e.g. axes='{'TCZYX'[-max(image.ndim, 2) :]}'."
     if len(axes) != image.ndim:
         raise BadInput(
-            f"The image has {image.ndim} axes ({shape}) but axes={axes!r} names "
+            f"The image has {image.ndim} axes ({shape}), but {axes!r} names "
             f"{len(axes)}. {hint}"
         )
     if (
@@ -329,8 +329,8 @@ def _check_axes(image: Any, axes: str | None, model: Model) -> str:
         or {"C", "S"} <= set(axes)
     ):
         raise BadInput(
-            f"axes={axes!r} is not a choice of different letters of TCZYX, with S "
-            "instead of C for RGB."
+            f"The axes {axes!r} should be different letters out of T, C, Z, Y and X, "
+            "or S instead of C for the colours of RGB."
         )
     missing = [a for a in spatial if a not in axes]
     if missing:

@@ -101,9 +101,11 @@ class ImageChooser(QObject):
     def reset(self, event: object = None) -> None:
         """List the image layers again."""
         before = self.layer
+        listed = [self._list.itemData(i) for i in range(self._list.count())]
         layers = _layers.image_layers(self._viewer)
         active = self._viewer.layers.selection.active
-        wanted = before if before in layers else active
+        is_new = active in layers and active not in listed
+        wanted = before if before in layers and not is_new else active
         with signals_blocked(self._list):
             self._list.clear()
             for layer in layers:

@@ -24,12 +24,13 @@ def image_array(layer: Image) -> Any:
 
 
 def guess_axes(layer: Image) -> str:
-    """Name the axes by the layer's axis labels, else by their number.
+    """Name the axes by the layer's axis labels, else by their number and units.
 
     Parameters
     ----------
     layer : Image
-        Axis labels such as "t", "c", "z", "y", "x" are recognised.
+        Axis labels such as "t", "c", "z", "y", "x" and units of time are
+        recognised.
 
     Returns
     -------
@@ -40,6 +41,8 @@ def guess_axes(layer: Image) -> str:
     named = set(letters) <= set("TCZYX") and len(set(letters)) == len(letters)
     if not named:
         letters = "TCZYX" if layer.ndim == 5 else "TZYX"[-layer.ndim :]
+        if layer.ndim == 3 and layer.units[0].is_compatible_with("second"):
+            letters = "TYX"
     return letters + ("S" if layer.rgb else "")
 
 

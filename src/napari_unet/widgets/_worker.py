@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from napari.qt.threading import create_worker
+from napari.qt.threading import GeneratorWorker, create_worker
 from napari.utils import progress
 from napari.utils.notifications import show_error
 
@@ -13,8 +13,6 @@ from napari_unet.errors import UnetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-
-    from napari.qt.threading import GeneratorWorker
 
     from napari_unet.steps import Progress
 
@@ -27,6 +25,19 @@ class UnexpectedError(Exception):
 class _Outcome:
     value: Any = None
     error: UnetError | None = None
+
+
+class _ClosingWorker(GeneratorWorker):
+    """Closes the steps when it is quit; Qt's own worker leaves them open."""
+
+    steps: Generator[Progress, None, Any] | None = None
+
+    def work(self) -> Any:
+        try:
+            return super().work()
+        finally:
+            if self.steps is not None:
+                self.steps.close()
 
 
 def start_worker(
@@ -66,7 +77,8 @@ def start_worker(
         except RuntimeError as error:
             raise UnexpectedError(str(error)) from error
 
-    worker = create_worker(run)
+    worker = create_worker(run, _worker_class=_ClosingWorker)
+    worker.steps = steps
     bar = progress(total=1, desc=title)
 
     def advance(step: Progress) -> None:
@@ -83,7 +95,6 @@ def start_worker(
 
     def end() -> None:
         bar.close()
-        steps.close()  # Qt leaves the generator of a quit worker open
         on_finished()
 
     worker.yielded.connect(advance)

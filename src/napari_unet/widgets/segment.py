@@ -113,7 +113,7 @@ class SegmentWidget(Dock):
         wanted = str(remembered.get("model", "nuclei"))
         self._chooser = ModelChooser(self._session, wanted, self._refresh)
         form.addRow("Model", self._chooser)
-        self._about = text_label(lines=3)
+        self._about = text_label(lines=4)
         form.addRow(self._about)
         form.addRow("What", self._scope_row(str(remembered.get("scope", "all"))))
         self._job = JobRow(NAME, self._segment, self._cancel)
@@ -201,6 +201,7 @@ class SegmentWidget(Dock):
             return "No model is loaded. Choose one."
         try:
             self._image.check(model)
+            model.rescaling(_layers.pixel_size(layer, self._image.axes))
         except UnetError as error:
             return str(error)
         return ""

@@ -1,0 +1,58 @@
+"""Closing napari while a tile is being computed ends the program soon."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+import napari
+import numpy as np
+from qtpy.QtCore import QTimer
+from desk import slow_model
+from napari_unet.widgets._session import Session
+from napari_unet.widgets.segment import SegmentWidget
+
+viewer = napari.Viewer()
+dock = SegmentWidget(viewer, Session(slow_model()))
+viewer.window.add_dock_widget(dock)
+viewer.add_image(np.random.default_rng(0).random((3000, 3000), np.float32))
+assert dock._job.start.isEnabled()
+dock._job.start.click()
+
+def close():
+    assert dock._worker is not None, "the run has ended too early"
+    print("closing", flush=True)
+    viewer.close()
+
+QTimer.singleShot(int(sys.argv[1]), close)
+napari.run()
+print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize("after_ms", [0, 700, 2500])
+def test_close_during_run(after_ms, home):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(after_ms)],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "closing\n"
+        started = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out == "closed\n"
+    assert "Traceback" not in err
+    assert time.monotonic() - started < 5
