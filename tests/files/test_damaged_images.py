@@ -59,7 +59,7 @@ def cut_points(size: int) -> list[int]:
 
 @pytest.mark.parametrize("silenced", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cut_file_is_never_read_in_part(tmp_path, layout, silenced):
+def test_cut_file_is_never_read_in_part(tmp_path, caplog, layout, silenced):
     """About 400 files; tifffile alone reads every second one wrong in silence."""
     path = tmp_path / "a.tif"
     whole = write(path, **dict(LAYOUTS[layout]))
@@ -71,6 +71,7 @@ def test_cut_file_is_never_read_in_part(tmp_path, layout, silenced):
         # Programs do this to be rid of tifffile's warnings.
         logger.setLevel(logging.CRITICAL)
         logger.disabled = True
+        logging.disable()
     try:
         messages = []
         for length in cut_points(len(whole)):
@@ -87,9 +88,12 @@ def test_cut_file_is_never_read_in_part(tmp_path, layout, silenced):
         if silenced:
             assert logger.level == logging.CRITICAL
             assert logger.disabled
+            logger.critical("silenced as before")
+        assert caplog.records == []
     finally:
         logger.setLevel(level)
         logger.disabled = disabled
+        logging.disable(logging.NOTSET)
 
 
 def test_nobody_hears_what_we_report(tmp_path, caplog):
@@ -324,15 +328,15 @@ def test_ome_renamed_single_file(tmp_path):
 
 FORGERIES = [
     ('SizeZ="2"', 'SizeZ="3"'),
-    ('SizeZ="2"', 'SizeZ="900000000"'),
+    ('SizeZ="2"', 'SizeZ="99999999"'),
     ('SizeZ="2"', 'SizeZ="0"'),
     ('SizeZ="2"', 'SizeZ="-2"'),
     ('SizeZ="2"', 'SizeZ="1e3"'),
-    ('SizeT="1"', 'SizeT="999999999"'),
+    ('SizeT="1"', 'SizeT="99999999"'),
     ('FirstZ="1"', 'FirstZ="99999999"'),
     ('FirstZ="1"', 'FirstZ="7"'),
     ('FirstZ="1" IFD="0"', 'FirstZ="1" IFD="9"'),
-    ('PlaneCount="1"', 'PlaneCount="999999999"'),
+    ('PlaneCount="1"', 'PlaneCount="99999999"'),
     ('PlaneCount="1"', 'PlaneCount="4"'),
     ('DimensionOrder="XYZCT"', 'DimensionOrder="XYZ"'),
     ("</OME>", ""),
@@ -341,7 +345,7 @@ FORGERIES = [
         "</Image>",
         '</Image><StructuredAnnotations><XMLAnnotation ID="A" '
         'Namespace="openmicroscopy.org/omero/dimension/modulo"><Value><Modulo>'
-        '<ModuloAlongZ Type="phase" Start="0" End="1e12" Step="1"/></Modulo>'
+        '<ModuloAlongZ Type="phase" Start="0" End="1e8" Step="1"/></Modulo>'
         "</Value></XMLAnnotation></StructuredAnnotations>",
     ),
 ]
@@ -367,7 +371,11 @@ def test_forged_ome_headers_take_no_memory(tmp_path):
     assert sum(result["outcome"] != "read" for result in results.values()) == len(
         FORGERIES
     )
-    assert max(result["kB"] for result in results.values()) < 100_000
+    for result in results.values():
+        assert result["kB"] < 100_000
+        assert result["s"] < 2
+        # The header is refused, not the attempt to do what it says.
+        assert "fit into memory" not in result["outcome"]
 
 
 def test_other_threads_do_not_disturb(tmp_path, caplog):

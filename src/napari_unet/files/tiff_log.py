@@ -61,7 +61,9 @@ class _Listener(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.thread != self.thread:
-            return True
+            # As the program has set it.
+            allowed = logging.Logger.isEnabledFor(_logger, record.levelno)
+            return allowed and not _was_disabled
         if record.levelno >= logging.WARNING:
             self.messages.append(record.getMessage())
         return False
@@ -69,19 +71,18 @@ class _Listener(logging.Filter):
 
 _lock = threading.Lock()
 _listening = 0
-_silenced: tuple[int, bool] = (logging.NOTSET, False)
+_was_disabled = False
 
 
 @contextmanager
 def _awake() -> Iterator[None]:
-    """Let warnings through although someone has silenced tifffile."""
-    global _listening, _silenced
+    """Hear tifffile although the program has silenced it, or all logging."""
+    global _listening, _was_disabled
     with _lock:
         if _listening == 0:
-            _silenced = (_logger.level, _logger.disabled)
-            _logger.disabled = False
-            if _logger.getEffectiveLevel() > logging.WARNING:
-                _logger.setLevel(logging.WARNING)
+            _was_disabled, _logger.disabled = _logger.disabled, False
+            # On the instance: levels and logging.disable() stay as they are.
+            vars(_logger)["isEnabledFor"] = lambda _level: True
         _listening += 1
     try:
         yield
@@ -89,8 +90,9 @@ def _awake() -> Iterator[None]:
         with _lock:
             _listening -= 1
             if _listening == 0:
-                _logger.setLevel(_silenced[0])
-                _logger.disabled = _silenced[1]
+                del vars(_logger)["isEnabledFor"]
+                _logger.disabled = _was_disabled
+                _was_disabled = False
 
 
 @contextmanager
