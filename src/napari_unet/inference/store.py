@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
+import weakref
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -51,19 +53,19 @@ class ProbabilityStore:
         self.axes = axes
         self._loop = loop
         self._covered: set[tuple[int, ...]] = set()
-        self._folder: tempfile.TemporaryDirectory | None = None
         limit = min(MAX_BYTES, psutil.virtual_memory().available // 4)
         self.data: Any
         if math.prod(shape) <= limit:
             self.data = np.zeros(shape, dtype=np.uint8)
         else:
-            self._folder = tempfile.TemporaryDirectory(prefix="napari-unet-")
+            folder = tempfile.mkdtemp(prefix="napari-unet-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             chunks = tuple(
                 1 if axis in loop else min(512 if len(axes) - len(loop) == 2 else 64, n)
                 for axis, n in zip(axes, shape[1:], strict=True)
             )
             self.data = zarr.create_array(
-                store=self._folder.name,
+                store=folder,
                 shape=shape,
                 chunks=(1, *chunks),
                 dtype="uint8",
