@@ -146,6 +146,8 @@ def _fill_small_holes(mask: NDArray) -> NDArray:
     sizes = np.bincount(outside.ravel())
     small = sizes < np.median(objects) / 10
     small[0] = False
+    for axis in range(mask.ndim):  # what reaches the edge of the image is no hole
+        small[np.take(outside, [0, -1], axis)] = False
     return mask | small[outside]
 
 
