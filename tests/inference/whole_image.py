@@ -92,9 +92,9 @@ def mirrored_prediction(
     """
     config = network.config
     shrink = shrink_of(config)
-    # Upsampling may look one pixel of the bottom further than the convolutions.
+    # Upsampling looks up to two pixels of the bottom further than the convolutions.
     step = 2**config.depth
-    margin = shrink + step - (shrink - context_of(config)) // step * step
+    margin = shrink + 2 * step - (shrink - context_of(config)) // step * step
     pads = [(0, 0)]
     for side in normalised.shape[1:]:
         total = legal_side(config, margin + side + margin)
