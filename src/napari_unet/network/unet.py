@@ -188,8 +188,8 @@ class Up(nn.Module):
         if self.kind == "unpool":
             assert indices is not None
             if self.ndim == 2:
-                return functional.max_unpool2d(x, indices, 2, output_size=size)
-            return functional.max_unpool3d(x, indices, 2, output_size=size)
+                return functional.max_unpool2d(x, indices, [2, 2], output_size=size)
+            return functional.max_unpool3d(x, indices, [2, 2, 2], output_size=size)
         return x
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -296,8 +296,8 @@ class UNet(nn.Module):
         is_2d = self.config.ndim == 2
         if self.config.upsampling == "unpool":
             if is_2d:
-                return functional.max_pool2d_with_indices(x, 2)
-            return functional.max_pool3d_with_indices(x, 2)
+                return functional.max_pool2d_with_indices(x, [2, 2])
+            return functional.max_pool3d_with_indices(x, [2, 2, 2])
         return (functional.max_pool2d if is_2d else functional.max_pool3d)(x, 2), None
 
     def _check_valid(self, sides: list[int]) -> None:
