@@ -295,9 +295,12 @@ class UNet(nn.Module):
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         is_2d = self.config.ndim == 2
         if self.config.upsampling == "unpool":
+            ranked = _ranked(x)
             if is_2d:
-                return functional.max_pool2d_with_indices(x, [2, 2])
-            return functional.max_pool3d_with_indices(x, [2, 2, 2])
+                _, indices = functional.max_pool2d_with_indices(ranked, [2, 2])
+            else:
+                _, indices = functional.max_pool3d_with_indices(ranked, [2, 2, 2])
+            return x.flatten(2).gather(2, indices.flatten(2)).view_as(indices), indices
         return (functional.max_pool2d if is_2d else functional.max_pool3d)(x, 2), None
 
     def _check_valid(self, sides: list[int]) -> None:
@@ -352,6 +355,16 @@ def _pixel_shuffle(x: Tensor) -> Tensor:
     x = x.permute(order)
     sides = [2 * x.shape[2 + 2 * axis] for axis in range(ndim)]
     return x.reshape(batch, channels, *sides)
+
+
+def _ranked(x: Tensor) -> Tensor:
+    """Prefer the first of equal values, which rounding would tell apart."""
+    for axis in range(2, x.ndim):
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        odd = torch.arange(x.shape[axis], device=x.device) % 2
+        x = x * (1 - 1e-5 * (1 << (x.ndim - 1 - axis)) * odd.to(x.dtype)).view(shape)
+    return x
 
 
 def _pad_to(x: Tensor, sides: list[int]) -> Tensor:
