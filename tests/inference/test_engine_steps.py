@@ -156,9 +156,11 @@ def test_nothing_runs_before_the_first_step(image):
 
 def test_the_model_is_left_as_it_is(image, model):
     before = {k: v.clone() for k, v in model.network.state_dict().items()}
+    wanted = reference(model, image[None])
     model.network.train()
     try:
-        predict(image, model)
+        # Predicted as if it were not being trained.
+        np.testing.assert_allclose(predict(image, model), wanted, atol=1e-4)
         assert model.network.training
         assert all(p.requires_grad for p in model.network.parameters())
     finally:

@@ -166,3 +166,13 @@ def test_augmentation_makes_turning_the_image_harmless(ndim):
         )
     plain = predict(image, model, axes=options["axes"])
     assert np.abs(plain - straight).max() > 1e-3
+
+
+@pytest.mark.parametrize("upsampling", ["transposed", "bilinear", "unpool"])
+@pytest.mark.parametrize("background", [0, 1234, 65535])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_constant_background(upsampling, background, depth):
+    """Equal maxima lie in the same place in every tile."""
+    image = np.full((1, 130, 110), background, dtype=np.uint16)
+    image[0, 40:70, 50:90] = random_image((30, 40))
+    check(trained_model(upsampling=upsampling, depth=depth), image, (48, 40))

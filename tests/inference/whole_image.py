@@ -143,11 +143,7 @@ def exact_options(ndim: int) -> st.SearchStrategy[dict]:
 @st.composite
 def shapes_and_tiles(draw, options: dict, largest: int, tiles: int = 4):
     """Sides of an image and of tiles: up to about that many along an axis."""
-    # Along a very short axis, mirroring repeats with the period of a pooled map.
-    # All its values are equal then, and rounding decides where a maximum is.
-    unpool = options["upsampling"] == "unpool"
-    smallest = 1 + 2 ** (options["depth"] - 1) if unpool else 1
-    sides = st.integers(smallest, largest)
+    sides = st.integers(1, largest)
     shape = draw(st.tuples(*[sides] * options["ndim"]), "shape")
     tile = [draw(st.integers(max(1, side // tiles), side + 20)) for side in shape]
     return shape, tuple(tile)
