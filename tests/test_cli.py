@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
-from napari_unet.cli_segment import _Console
+from napari_unet.cli.segment import _Console
 from napari_unet.files.images import read_image
 from napari_unet.models.checkpoint import save_model
 from napari_unet.models.library import BUNDLED

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
-from napari_unet import cli_files
+from napari_unet.cli import jobs as cli_jobs
 from napari_unet.errors import BadOutput
 from napari_unet.files import outputs
 
@@ -305,14 +305,14 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
 
 
 def test_a_result_that_appears_during_the_run_is_kept(capsys, monkeypatch):
-    original = cli_files._write
+    original = cli_jobs._write
 
     def late(job, *arguments):
         write_bytes(job.labels)
         original(job, *arguments)
 
     os.mkdir("out")
-    monkeypatch.setattr(cli_files, "_write", late)
+    monkeypatch.setattr(cli_jobs, "_write", late)
     result = call(capsys, "segment", "good.tif", "-m", "m.safetensors", "-o", "out")
     assert result.code == 4
     assert result.err.startswith("Error: out/good.tif exists already; use --overwrite")

@@ -21,20 +21,19 @@ FLOORS = [
     {"training"},
     {"batch"},
     {"widgets", "cli"},
-    {"demo"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 GUI = {"napari", "qtpy", "magicgui", "superqt"}
 BINDINGS = {"PyQt5", "PyQt6", "PySide2", "PySide6"}
-WITH_GUI = {"widgets", "demo"}
+WITH_GUI = {"widgets"}
 # Whoever asks for the version asks the package itself.
 PACKAGE_NAMES = {"__version__"}
 
 
 def room_of(name: str) -> str:
-    """``cli``, ``cli_…`` and ``__main__`` are one room."""
+    """``cli`` and ``__main__`` are one room."""
     first = name.split(".")[0]
-    return "cli" if first == "__main__" or first.startswith("cli_") else first
+    return "cli" if first == "__main__" else first
 
 
 def room_of_file(path: Path) -> str:
@@ -137,9 +136,8 @@ def test_everything_but_the_widgets_loads_no_qt_and_no_napari():
 
 @pytest.mark.parametrize("name", ["__init__", "cli", "sample", "steps", "errors"])
 def test_light_modules_load_no_torch(name):
-    path = PACKAGE / f"{name}.py"
-    if not path.exists():
-        pytest.skip(f"there is no {name}")
+    folder = PACKAGE / name
+    path = folder / "__init__.py" if folder.is_dir() else PACKAGE / f"{name}.py"
     loaded = run_python(importing([path]))
     assert "napari_unet" in loaded
     assert not loaded & ({"torch"} | GUI | BINDINGS)

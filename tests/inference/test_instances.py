@@ -191,6 +191,7 @@ def test_two_balls_are_split():
 @settings(max_examples=60 * EXAMPLES, deadline=None)
 def test_growing_never_merges_or_loses_objects(seed, grow, ndim):
     probability = smooth_noise((30, 34) if ndim == 2 else (9, 12, 14), seed)
+    probability = 0.01 + 0.99 * probability  # 0 is certain background
     threshold = float(np.quantile(probability, 0.8))
     seeds = label_objects(probability, ObjectSettings(threshold))
     grown = label_objects(probability, ObjectSettings(threshold, grow=grow))
@@ -201,8 +202,18 @@ def test_growing_never_merges_or_loses_objects(seed, grow, ndim):
     np.testing.assert_array_equal(grown > 0, near)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_certain_background_is_never_in_an_object(split):
+    """As of NaN: also in the middle of an object, and when objects grow."""
+    probability = np.where(disc((40, 40), 20, 20, radius=10), 0.9, 0.1)
+    probability[20, 20] = probability[20, 31] = 0
+    found = objects(probability, split_touching=split, grow=3)
+    assert found[20, 20] == found[20, 31] == 0
+    assert found[20, 19] == found[20, 30] == found[20, 32] == 1
+
+
 def test_growing_stops_where_two_meet():
-    mask = np.zeros((7, 9))
+    mask = np.full((7, 9), 0.1)
     mask[2:5, 1:3] = mask[2:5, 4:6] = 1
     grown = objects(mask, grow=1)
     assert assert_dense(grown) == 2

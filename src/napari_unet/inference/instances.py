@@ -55,7 +55,8 @@ def label_objects(probability: NDArray, settings: ObjectSettings) -> NDArray:
     Parameters
     ----------
     probability : array of shape (Y, X) or (Z, Y, X)
-        float in [0, 1], or uint8 where 255 means 1.
+        float in [0, 1], or uint8 where 255 means 1. Exactly 0 is background
+        for certain (NaN in the image) and never becomes part of an object.
     settings : ObjectSettings
         How objects are made.
 
@@ -72,6 +73,8 @@ def label_objects(probability: NDArray, settings: ObjectSettings) -> NDArray:
         labels = _components(mask)
     if settings.grow:
         labels = _grow(labels, settings.grow)
+    # Certainly background, such as NaN, even where a hole was filled.
+    labels[probability == 0] = 0
     return _drop_small(labels, settings.minimal_size)
 
 

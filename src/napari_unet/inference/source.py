@@ -77,11 +77,19 @@ class Source:
         return int(self.image.shape[self.axes.index(axis)])
 
     def full_region(self, region: Mapping[str, slice] | None) -> Region:
-        """Complete a region; raise `BadInput` if it is empty."""
+        """Complete a region; raise `BadInput` if it is empty or not of this image."""
+        unknown = set(region or {}) - set(self.output_axes)
+        if unknown:
+            raise BadInput(
+                f"The image has no axis {min(unknown)} to choose a part of; it has "
+                f"{', '.join(self.output_axes)}."
+            )
         full: Region = {}
         for axis in self.output_axes:
             wanted = (region or {}).get(axis, slice(None))
-            start, stop, _ = wanted.indices(self.size(axis))
+            start, stop, step = wanted.indices(self.size(axis))
+            if step != 1:
+                raise BadInput(f"Only whole parts can be chosen, not a step of {step}.")
             if stop <= start:
                 raise BadInput(
                     f"The chosen part of the image is empty along {axis}; move the "

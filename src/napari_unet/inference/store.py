@@ -77,7 +77,9 @@ class ProbabilityStore:
         for index, unit in enumerate(predictor.units):
             probabilities = yield from predictor.unit_steps(index)
             found = predictor.to_output(foreground(probabilities))
+            # 0 is left for what is background for certain: NaN, or not covered.
             quantised = np.rint(found * 255).astype(np.uint8)
+            quantised[(quantised == 0) & (found > 0)] = 1
             place = tuple(
                 unit[axis] if axis in unit else region[axis] for axis in self.axes
             )

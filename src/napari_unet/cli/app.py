@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from napari_unet.cli_files import PROBABILITIES, few, name_key, one_line, split_name
-from napari_unet.cli_segment import segment
+from napari_unet.cli.jobs import PROBABILITIES, few, name_key, one_line, split_name
+from napari_unet.cli.segment import segment
 from napari_unet.errors import (
     BadInput,
     BadModel,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from napari_unet.cli_files import (
+from napari_unet.cli.jobs import (
     check_plan,
     few,
     one_line,
@@ -24,7 +24,7 @@ from napari_unet.errors import BadInput, OutOfMemory, Partial
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from napari_unet.cli_files import Job
+    from napari_unet.cli.jobs import Job
     from napari_unet.errors import UnetError
     from napari_unet.inference.segment import SegmentOptions
     from napari_unet.steps import Progress
