@@ -90,7 +90,7 @@ def _split(mask: NDArray) -> NDArray:
     """Cut objects at their necks, by a watershed on the distance to the edge.
 
     Two hills of the distance map stay apart if the lower one rises above the
-    saddle between them by 2 pixels and by a fifth of its height, so that rough
+    saddle between them by 0.3 of its height and by a pixel, so that rough
     outlines are not cut.
     """
     mask = _fill_small_holes(mask)
@@ -107,7 +107,7 @@ def _split(mask: NDArray) -> NDArray:
         if one == other:
             continue
         low, high = sorted((one, other), key=lambda hill: peaks[hill])
-        if peaks[low] - saddle < max(2.0, peaks[low] / 5):
+        if peaks[low] - saddle < max(1.0, 0.3 * peaks[low]):
             root[low] = high
     roots = np.array([_find(root, hill) for hill in range(len(root))])
     joined: NDArray = roots[hills]
