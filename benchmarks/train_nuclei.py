@@ -80,9 +80,9 @@ EMA = 0.998
 SEED = 1
 NORMALIZATION = Normalization()
 # Chosen with "tune".
-OBJECTS = ObjectSettings(threshold=0.7, minimal_size=20, grow=1)
-THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
-SIZES = (1, 10, 20, 30)
+OBJECTS = ObjectSettings(threshold=0.55, minimal_size=25)
+THRESHOLDS = (0.4, 0.5, 0.55, 0.6, 0.7, 0.8)
+SIZES = (1, 10, 20, 25, 30, 40)
 LIBRARIES = ("napari-unet", "torch", "numpy", "scipy", "scikit-image")
 CITATION = (
     "Caicedo, J. C. et al. Nucleus segmentation across imaging experiments: the 2018 "
@@ -237,7 +237,7 @@ def score(network: UNet, images: list[dict]) -> float:
     """AP at IoU 0.5 pooled over the images, at the best of the thresholds."""
     predictions = [predict(network, image["pixels"]) for image in images]
     return max(
-        score_settings(predictions, images, ObjectSettings(threshold, grow=1))
+        score_settings(predictions, images, ObjectSettings(threshold, 25))
         .at(0.5)
         .average_precision
         for threshold in THRESHOLDS
