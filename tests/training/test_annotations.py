@@ -121,7 +121,7 @@ def test_touching_classes_stay_together_and_corners_of_one_class_are_cut():
 
 
 @given(small_labels, st.sampled_from(POLICIES), st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_laws_of_the_truth(labels, policy, data):
     unpainted, labels_are = policy
     options = {"unpainted": unpainted, "labels_are": labels_are}
@@ -187,6 +187,7 @@ def test_polygons_hold_the_pixels_whose_centres_they_enclose():
     assert_array_equal(known, expected)
 
 
+@settings(deadline=None)
 @given(*[st.floats(-5, 25).map(lambda v: round(v, 1))] * 4, st.booleans())
 def test_boxes_are_filled_as_polygons_are(top, left, bottom, right, clockwise):
     corners = box(top, left, bottom, right)[:: 1 if clockwise else -1]
