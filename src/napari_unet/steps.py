@@ -1,18 +1,32 @@
 """Long computations are generators: each ``yield`` is a tick and a cancel point.
 
 A function whose name ends in ``_steps`` yields :class:`Progress` and returns its
-result. Closing the generator cancels it.
+result. Closing the generator cancels it. :func:`in_child` runs one in a process
+of its own.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from threading import Thread
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
+Arguments = ParamSpec("Arguments")
+Yielded = TypeVar("Yielded", covariant=True)
+Sent = TypeVar("Sent", contravariant=True)
+Result = TypeVar("Result", covariant=True)
 
-Result = TypeVar("Result")
+# Seconds that an unwanted child has to come to its next yield, and then once more
+# to run its ``finally`` blocks.
+GRACE = 1.0
+_KEPT_OUTPUT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,3 +70,189 @@ def run_to_end(steps: Generator[object, None, Result]) -> Result:
         except StopIteration as stop:
             result: Result = stop.value
             return result
+
+
+def in_child(
+    function: Callable[Arguments, Generator[Yielded, Sent, Result]],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> ChildSteps[Yielded, Sent, Result]:
+    """Run a generator function in a process of its own, as if it ran here.
+
+    The child computes only while this side waits for its next yield. It ends with
+    the generator, and with this process however that ends.
+
+    Parameters
+    ----------
+    function : callable
+        A generator function of a module, whose name ends in ``_steps``.
+    *args, **kwargs
+        Its arguments. These, and all that is yielded, sent and returned, should
+        be plain data, arrays, paths, and dataclasses made of them.
+
+    Returns
+    -------
+    ChildSteps
+        The generator; the process starts with the first step. It raises the
+        child's ``UnetError`` as it is and everything else as `ChildError`.
+    """
+    if function.__module__ == "__main__" or not function.__name__.endswith("_steps"):
+        raise ValueError(f"{function} must be of a module and named ..._steps.")
+    return ChildSteps((function, args, kwargs))
+
+
+class ChildError(Exception):
+    """A child process failed in a way that nobody foresaw, or was stopped.
+
+    ``__cause__`` holds its traceback or last output, for a bug report. Not a
+    ``RuntimeError``, because superqt's worker swallows those.
+    """
+
+
+class ChildSteps(Generator[Yielded, Sent, Result]):
+    """The generator of `in_child`; any thread may cancel or close it at any time."""
+
+    def __init__(self, request: object) -> None:
+        self._request: object = request
+        self._process: Any = None
+        self._output = bytearray()
+        self._cancelled = self._finished = False
+
+    def send(self, value: Any) -> Yielded:
+        """Let the child run to its next yield."""
+        if self._finished:
+            raise StopIteration
+        try:
+            if self._process is None:
+                self._start()
+                value, self._request = (self._request, value), None
+            kind, payload = self._exchange(value)
+        except BaseException:
+            self.close()
+            raise
+        if kind == "yield":
+            return payload  # type: ignore[no-any-return]
+        self.close()
+        if kind == "return":
+            raise StopIteration(payload)
+        error, details = payload
+        raise error from ChildError(details)
+
+    def throw(self, kind: Any, value: Any = None, traceback: Any = None, /) -> Any:
+        """Close the child and raise the exception here."""
+        self.close()
+        raise kind if value is None else value
+
+    def cancel(self) -> None:
+        """Ask the child to end, without waiting until it does.
+
+        Whoever waits for a step gets that step or, after `GRACE`, a `ChildError`.
+        """
+        self._cancelled = True
+        if self._process is not None:
+            with suppress(OSError):  # it has gone already
+                self._process.stdin.close()
+
+    def close(self) -> None:
+        """End the child and wait for that."""
+        self._finished = True
+        self.cancel()
+        if (process := self._process) is None:
+            return
+        # Python code ends by itself within 2 * GRACE (see child.py), native code that
+        # keeps the interpreter locked does not.
+        for insist, patience in (process.terminate, 2.5 * GRACE), (process.kill, GRACE):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+                break
+            insist()
+        process.wait()
+        self._collector.join(GRACE)
+        process.stdout.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        # With -P a file in the current folder cannot pose as a library.
+        command = [sys.executable, "-P", "-m", "napari_unet.child"]
+        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        flags = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        flags |= getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
+        process: Any = subprocess.Popen(
+            command, env=_environment(), creationflags=flags, **pipes
+        )
+        pipe_and_end = (process.stderr, self._output)
+        self._collector = Thread(target=_collect, args=pipe_and_end, daemon=True)
+        self._collector.start()
+        self._process = process
+        if self._cancelled:  # while it started
+            self.cancel()
+
+    def _exchange(self, message: object) -> Any:
+        try:
+            write_message(self._process.stdin, message)
+            frame = read_frame(self._process.stdout)
+        except (EOFError, OSError, ValueError) as error:
+            if self._cancelled:
+                raise ChildError("The computation was stopped.") from None
+            if isinstance(error, ValueError):  # of pickle
+                raise
+        else:
+            return pickle.loads(frame[0], buffers=frame[1:])
+        self.close()
+        code = self._process.returncode
+        what = f"signal {-code}" if code < 0 else f"exit code {code}"
+        what = f"The computation's own process ended unexpectedly ({what}). "
+        what += "Try again, and report it if it happens again."
+        if code == -9:  # so Linux ends a process when memory is short
+            what += " Memory may have run out: close other programs before."
+        raise ChildError(what) from ChildError(self._output.decode(errors="replace"))
+
+
+def _environment() -> dict[str, str]:
+    """The child finds the same modules and leaves a core to the viewer."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    own = dict.fromkeys(limits, str(max(1, cores - 1)))
+    # A limit that the user has set wins.
+    return own | os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def _collect(pipe: BinaryIO, kept: bytearray) -> None:
+    with pipe:
+        while chunk := os.read(pipe.fileno(), _KEPT_OUTPUT):
+            kept += chunk
+            del kept[:-_KEPT_OUTPUT]
+
+
+# A frame is a pickle and, uncopied, the memory of its arrays. Pickle can run code,
+# but here it only reads what a process of the same user wrote into a pipe that no
+# other can open: whoever controls one end needs no pickle to act as that user.
+
+
+def write_message(file: BinaryIO, message: object) -> None:
+    """Write a frame: the number of its parts, their sizes, and the parts."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(head), *(buffer.raw() for buffer in buffers)]
+    sizes = [part.nbytes for part in parts]
+    file.write(struct.pack(f"<{1 + len(sizes)}Q", len(sizes), *sizes))
+    for part in parts:
+        file.write(part)
+    file.flush()
+
+
+def read_frame(file: Any) -> list[bytearray]:
+    """Read one frame; `EOFError` when the other end has gone."""
+
+    def read(size: int) -> bytearray:
+        data = bytearray(size)
+        if file.readinto(data) < size:
+            raise EOFError
+        return data
+
+    (count,) = struct.unpack("<Q", read(8))
+    return [read(size) for size in struct.unpack(f"<{count}Q", read(8 * count))]
