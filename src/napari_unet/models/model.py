@@ -206,8 +206,8 @@ class Model:
         elif passport.object_diameter is not None:
             parts.append(f"objects of about {passport.object_diameter:.0f} pixels")
         scores = passport.history[-1].scores if passport.history else {}
-        if "AP@0.5" in scores:
-            parts.append(f"AP {scores['AP@0.5']:.2f}")
+        if "held_out_ap50" in scores:
+            parts.append(f"AP\N{NO-BREAK SPACE}{scores['held_out_ap50']:.2f}")
         return " · ".join(parts)
 
     def rescaling(self, pixel_size: dict[str, float]) -> tuple[float, ...] | None:

@@ -23,7 +23,6 @@ def main() -> None:
     viewer.window.resize(1400, 900)
     viewer.open_sample("napari-unet", "nuclei")
     _, dock = viewer.window.add_plugin_dock_widget("napari-unet", "Segment")
-    viewer.reset_view()
     button = next(b for b in dock.findChildren(QPushButton) if b.text() == "Segment")
     outcome: list[str] = []
 
@@ -33,6 +32,7 @@ def main() -> None:
         if found and button.isEnabled():
             timer.stop()
             found[0].contour = 2
+            viewer.reset_view()
             outcome.append(f"{int(found[0].data.max())} objects")
             if not on_screen:
                 # A moment for the canvas to be drawn.
