@@ -218,7 +218,7 @@ def test_a_crossed_box_is_no_box():
 def test_regions_of_a_stack_lie_in_one_plane_each():
     labels = np.zeros((4, 12, 20), int)
     labels[:, 3:6, 3:6] = 1
-    regions = [box(0, 0, 8, 8, 1.0), box(2, 2, 11, 19, 2.0001)]
+    regions = [box(0, 0, 8, 8, 1.0), box(2, 2, 11, 19, 1.9999)]
     annotation = annotate(labels, regions)
     planes = {unit["Z"]: truth for unit, truth in derive_truths(annotation, 2)}
     assert planes.keys() == {1, 2}

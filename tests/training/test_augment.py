@@ -208,16 +208,18 @@ def test_patches_of_a_batch_differ(shape):
 
 
 def test_beyond_the_edge_the_patch_is_mirrored_without_its_edge():
-    row = torch.arange(9).view(1, 1, 9)
-    image = row[:, None].float()
-    moved, target, _ = augment(image, row, row, only(shift=2.0), generator(5))
-    start = moved.squeeze()
-    mirrored = np.pad(np.arange(9.0), 8, mode="reflect")
-    shift = next(s for s in np.linspace(-2, 2, 40001) if abs(start[4] - 4 - s) < 1e-4)
-    assert abs(shift) > 0.5
-    expected = np.interp(np.arange(9) + shift, np.arange(-8, 17), mirrored)
-    np.testing.assert_allclose(start, expected, atol=1e-3)
-    assert (target.squeeze() - start).abs().max() <= 0.5 + 1e-3
+    batch = 50
+    rows = torch.arange(13).repeat(batch, 1, 1)
+    image = rows[:, None].float()
+    moved, target, _ = augment(image, rows, rows, only(shift=99.0), generator())
+    moved, shifts = moved.squeeze(), moved[:, 0, 0, 6] - 6
+    # Not more than a quarter of the side, either way.
+    assert -3 <= shifts.min() < -2 < 2 < shifts.max() <= 3
+    mirrored = np.pad(np.arange(13.0), 4, mode="reflect")
+    for row, shift in zip(moved.numpy(), shifts.numpy(), strict=True):
+        expected = np.interp(np.arange(13) + shift, np.arange(-4, 17), mirrored)
+        np.testing.assert_allclose(row, expected, atol=1e-4)
+    assert (target.squeeze() - moved).abs().max() <= 0.5 + 1e-4
 
 
 @given(seeds)
