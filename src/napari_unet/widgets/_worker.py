@@ -10,6 +10,7 @@ from napari.utils import progress
 from napari.utils.notifications import show_error
 
 from napari_unet.errors import UnetError
+from napari_unet.steps import ChildError, ChildSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -24,13 +25,18 @@ class UnexpectedError(Exception):
 @dataclass(frozen=True)
 class _Outcome:
     value: Any = None
-    error: UnetError | None = None
+    problem: str = ""
 
 
 class _ClosingWorker(GeneratorWorker):
     """Closes the steps when it is quit; Qt's own worker leaves them open."""
 
     steps: Generator[Progress, None, Any] | None = None
+
+    def quit(self) -> None:
+        super().quit()
+        if isinstance(self.steps, ChildSteps):
+            self.steps.cancel()  # does not wait for the step to end
 
     def work(self) -> Any:
         try:
@@ -72,8 +78,9 @@ def start_worker(
     def run() -> Generator[Progress, None, _Outcome]:
         try:
             return _Outcome((yield from steps))
-        except UnetError as error:  # shown in words, without a traceback
-            return _Outcome(error=error)
+        except (UnetError, ChildError) as error:
+            # Shown in words, without a traceback; not at all if the worker was quit.
+            return _Outcome(problem=str(error))
         except RuntimeError as error:
             raise UnexpectedError(str(error)) from error
 
@@ -87,11 +94,11 @@ def start_worker(
         on_progress(step)
 
     def deliver(outcome: _Outcome) -> None:
-        if outcome.error is None:
-            on_result(outcome.value)
+        if outcome.problem:
+            show_error(outcome.problem)
+            on_error(outcome.problem)
         else:
-            show_error(str(outcome.error))
-            on_error(str(outcome.error))
+            on_result(outcome.value)
 
     def end() -> None:
         bar.close()
