@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from napari_unet.models.library import load_model
     from napari_unet.models.model import Model
     from napari_unet.network.unet import UNet, UNetConfig
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.training.fine_tune import fine_tune
+    from napari_unet.training.settings import TrainingSettings
     from napari_unet.training.weight_map import border_weight_map
 
 _WHERE = {
+    "Annotation": "training.annotations",
     "Model": "models.model",
+    "TrainingSettings": "training.settings",
     "UNet": "network.unet",
     "UNetConfig": "network.unet",
     "border_weight_map": "training.weight_map",
+    "fine_tune": "training.fine_tune",
     "load_model": "models.library",
     "predict": "inference.engine",
     "save_model": "models.checkpoint",
@@ -31,10 +37,13 @@ _WHERE = {
 }
 
 __all__ = [
+    "Annotation",
     "Model",
+    "TrainingSettings",
     "UNet",
     "UNetConfig",
     "border_weight_map",
+    "fine_tune",
     "load_model",
     "predict",
     "save_model",

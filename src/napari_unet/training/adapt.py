@@ -1,0 +1,166 @@
+"""A copy of a model that has the inputs and outputs which the annotations need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from napari_unet.errors import BadInput
+from napari_unet.models.model import ClassInfo, Model, Passport, default_passport
+from napari_unet.network.unet import UNet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.training.settings import TrainingSettings
+
+__all__ = ["adapted_copy", "count_channels"]
+
+_PAPER_DROPOUT = 0.5
+
+
+def adapted_copy(
+    model: Model,
+    annotations: Sequence[Annotation],
+    highest_class: int,
+    settings: TrainingSettings,
+) -> tuple[Model, list[str]]:
+    """Copy a model; replace its first or last layer where they do not fit.
+
+    - If the images have other channels, the kernels of each become the mean of the
+      old ones, scaled so that the sum over the channels stays.
+    - If a class beyond the model's is painted, or objects are painted for a model of
+      several classes, the last layer keeps the outputs of the classes that remain.
+
+    Parameters
+    ----------
+    model : Model
+        Left as it is.
+    annotations : sequence of Annotation
+        All that it is to be trained on.
+    highest_class : int
+        1 for objects.
+    settings : TrainingSettings
+        Its seed draws what is new; the paper's preset needs dropout.
+
+    Returns
+    -------
+    model : Model
+        On the CPU, with a passport that describes it.
+    notes : list of str
+        What was replaced, in words.
+    """
+    old = model.network.config
+    channels = count_channels(annotations, old.in_channels)
+    outputs = _count_outputs(annotations, old.num_classes, highest_class)
+    dropout = old.dropout
+    if settings.preset == "paper":
+        dropout = dropout or _PAPER_DROPOUT
+    config = replace(old, in_channels=channels, num_classes=outputs, dropout=dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = UNet.from_config(config)
+    state = {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in model.network.state_dict().items()
+    }
+    passport, notes = model.passport, []
+    if channels != old.in_channels:
+        if settings.freeze_encoder:
+            raise BadInput(
+                f"The images have {channels} channels and the model {old.in_channels}, "
+                "so that its encoder must learn, too: do not freeze it."
+            )
+        _replace_first(network, state)
+        names = default_passport(network).channels
+        passport = passport.model_copy(update={"channels": names})
+        notes.append(
+            f"The model's first layer was replaced: it had {_count(old.in_channels)}, "
+            f"the images have {channels}."
+        )
+    if outputs != old.num_classes:
+        _replace_last(network, state)
+        classes = _classes(passport, network)
+        notes.append(
+            f"The model's last layer was replaced: it knew {len(passport.classes)} "
+            f"classes, background included; now there are {len(classes)}."
+        )
+        passport = passport.model_copy(update={"classes": classes})
+    network.load_state_dict(state)
+    return Model(network, passport), notes
+
+
+def count_channels(annotations: Sequence[Annotation], expected: int) -> int:
+    """Return how many channels of the images a network gets.
+
+    Colours become gray for a network with one channel and lose their alpha channel,
+    as when it is used.
+
+    Parameters
+    ----------
+    annotations : sequence of Annotation
+        All images.
+    expected : int
+        Channels of the network.
+
+    Raises
+    ------
+    BadInput
+        If the images do not agree.
+    """
+    counts = set()
+    for annotation in annotations:
+        axes = annotation.image_axes
+        letter = next((axis for axis in axes if axis in "CS"), None)
+        count = annotation.image.shape[axes.index(letter)] if letter else 1
+        if letter == "S":
+            count = 1 if expected == 1 and count >= 3 else min(count, 3)
+        counts.add(int(count))
+    if len(counts) != 1:
+        raise BadInput(
+            f"The images have {' and '.join(map(str, sorted(counts)))} channels; train "
+            "on images with the same channels."
+        )
+    return counts.pop()
+
+
+def _count_outputs(
+    annotations: Sequence[Annotation], outputs: int, highest_class: int
+) -> int:
+    """Keep the network's outputs if they can tell apart what is painted."""
+    if all(annotation.labels_are == "objects" for annotation in annotations):
+        return min(outputs, 2)
+    return outputs if highest_class < max(outputs, 2) else highest_class + 1
+
+
+def _count(channels: int) -> str:
+    return f"{channels} channel{'s' * (channels != 1)}"
+
+
+def _replace_first(network: UNet, state: dict[str, Tensor]) -> None:
+    name, channels = "encoder.0.0.weight", network.config.in_channels
+    old = state[name]
+    kernel = old.mean(1, keepdim=True) * (old.shape[1] / channels)
+    state[name] = kernel.repeat(1, channels, *[1] * (old.ndim - 2))
+
+
+def _replace_last(network: UNet, state: dict[str, Tensor]) -> None:
+    """Keep the logits of the classes that remain; a sigmoid is a softmax with 0."""
+    for name in ("head.weight", "head.bias"):
+        old, new = state[name], network.state_dict()[name].clone()
+        if len(old) == 1:
+            old = torch.cat([torch.zeros_like(old), old])
+        kept = min(len(old), len(new))
+        new[:kept] = old[:kept]
+        state[name] = new
+
+
+def _classes(passport: Passport, network: UNet) -> tuple[ClassInfo, ...]:
+    """Keep the classes that remain and name the new ones."""
+    names = default_passport(network).classes
+    return (passport.classes + names[len(passport.classes) :])[: len(names)]

@@ -1,0 +1,326 @@
+"""Fine-tuning: from a model and annotations to a better model."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from napari_unet.errors import BadModel
+from napari_unet.inference.backends import choose_device
+from napari_unet.models.checkpoint import model_sha256, save_model
+from napari_unet.models.library import load_model
+from napari_unet.models.model import Model, TrainingRecord
+from napari_unet.network.unet import UNet
+from napari_unet.steps import run_to_end
+from napari_unet.training.annotations import check_annotations
+from napari_unet.training.data import prepare_steps
+from napari_unet.training.loop import Training, is_better, learning_rate
+from napari_unet.training.settings import TrainingSettings, TrainingStep, View
+from napari_unet.training.snapshot import read_snapshot
+from napari_unet.training.validation import THRESHOLDS, score, tune_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.training.data import TrainingData
+
+__all__ = [
+    "TrainingSettings",
+    "TrainingStep",
+    "View",
+    "fine_tune",
+    "fine_tune_file_steps",
+    "fine_tune_steps",
+]
+
+_SNAPSHOT_EVERY = 100  # steps, at least
+_LIBRARIES = ("napari-unet", "torch", "numpy", "scipy", "scikit-image")
+
+
+def fine_tune_steps(
+    model: Model,
+    annotations: Sequence[Annotation],
+    settings: TrainingSettings | None = None,
+    *,
+    name: str = "",
+    snapshot: str | Path | None = None,
+    resume: bool = False,
+    view: View | None = None,
+) -> Generator[TrainingStep, View | None, Model]:
+    """Train a copy of a model; see `fine_tune`.
+
+    Not to go on is to pause, to close is to cancel. Sending a `View` asks for
+    previews of another part, the first one with the next step.
+
+    Yields
+    ------
+    TrainingStep
+        Once for each step of the optimiser, and heartbeats in between.
+    """
+    settings = settings or TrainingSettings()
+    path = None if snapshot is None else Path(snapshot)
+    training = yield from _start_steps(model, annotations, settings, path, resume, view)
+    state, problem = training.state, ""
+    while state.step < settings.steps and state.stale < settings.patience:
+        step = state.step + 1
+        rate = learning_rate(settings, step)
+        loss = training.learn(step, rate)
+        if not math.isfinite(loss):
+            problem = (
+                f"The training was stopped at step {step}: its loss is not a finite "
+                "number any more. Use a lower learning rate."
+            )
+            break
+        scores, best, preview = None, False, None
+        due = step % settings.validate_every == 0 or step == settings.steps
+        if due:
+            scores = yield from training.look_steps()
+            best = training.keep_if_best(step, scores)
+        if due or training.view_is_new:
+            preview = yield from training.preview_steps()
+        state.step = step
+        if due or step % _SNAPSHOT_EVERY == 0:
+            training.save()
+        yield from training.tell(
+            message=f"step {step} of {settings.steps}",
+            loss=loss,
+            learning_rate=rate,
+            scores=scores,
+            best=best,
+            preview=preview,
+        )
+
+    improved = state.best and is_better(state.best.scores, state.base_scores)
+    if problem and not improved:
+        raise BadModel(f"{problem} The model was not changed.")
+    note = problem or _verdict(training, settings, bool(improved))
+    yield from training.tell(message="choosing the threshold", note=note)
+    return (yield from _finish_steps(model, training, annotations, settings, name))
+
+
+def _start_steps(
+    model: Model,
+    annotations: Sequence[Annotation],
+    settings: TrainingSettings,
+    path: Path | None,
+    resume: bool,
+    view: View | None,
+) -> Generator[TrainingStep, View | None, Training]:
+    """Prepare everything; score the model, or go on where a snapshot ends."""
+    check_annotations(annotations)
+    chosen = choose_device(settings.device)
+    device = torch.device(chosen.name)
+    saved = read_snapshot(path) if resume and path and path.exists() else None
+    planned = settings.model_copy(update=saved.plan if saved else {})
+    data = yield from prepare_steps(model, annotations, planned, device)
+    identity = _identity(model, data, settings)
+    if saved:
+        saved.check(identity)
+    training = Training(data, annotations, settings, device, view)
+    training.saves_to(path, identity)
+    for note in [chosen.note, *data.notes]:
+        yield from training.tell(note=note)
+    if saved:
+        training.restore(saved)
+        state = training.state
+        for step, scores in [(0, state.base_scores), *state.history]:
+            yield from training.tell(done=step, scores=scores, message="resuming")
+    else:
+        scores = yield from training.look_steps()
+        training.state.base_scores = scores
+        yield from training.tell(scores=scores, message="before training")
+    return training
+
+
+def fine_tune(
+    model: Model,
+    annotations: Sequence[Annotation],
+    settings: TrainingSettings | None = None,
+    *,
+    name: str = "",
+    snapshot: str | Path | None = None,
+    resume: bool = False,
+) -> Model:
+    """Make a model better with annotated images.
+
+    A part of the annotations is held out. The result is the network that was best on
+    it, by F1 of the objects and then by the loss, whether or not it is better than
+    the model that it started from: its passport has the scores of both.
+
+    Parameters
+    ----------
+    model : Model
+        To start from; it is not changed. ``Model(UNet(...))`` trains from scratch.
+    annotations : sequence of Annotation
+        Classes or channels that the model does not have replace its last or first
+        layer.
+    settings : TrainingSettings, optional
+        How to train.
+    name : str, optional
+        Of the new model.
+    snapshot : path, optional
+        A file from which the training can be resumed, written every 100 steps and
+        whenever the held-out part is scored.
+    resume : bool, optional
+        Go on from the snapshot if there is one. On a CPU the result is that of a
+        training that was never stopped, bit by bit.
+
+    Returns
+    -------
+    Model
+        Its passport names the parent, the data, the settings and the scores, and
+        recommends the threshold that is best on the held-out part.
+
+    Raises
+    ------
+    BadInput
+        If nothing can be learnt from the annotations, or the snapshot belongs to
+        another training.
+    BadModel
+        If the loss stops being finite before the model became better.
+    BadOutput
+        If the snapshot cannot be written.
+    OutOfMemory
+        If a step does not fit.
+    """
+    return run_to_end(
+        fine_tune_steps(
+            model, annotations, settings, name=name, snapshot=snapshot, resume=resume
+        )
+    )
+
+
+def fine_tune_file_steps(
+    model: str | Path,
+    annotations: Sequence[Annotation],
+    output: str | Path,
+    settings: TrainingSettings | None = None,
+    *,
+    name: str = "",
+    snapshot: str | Path | None = None,
+    resume: bool = False,
+    view: View | None = None,
+) -> Generator[TrainingStep, View | None, Path]:
+    """Do the same from file to file, for a process of its own; see `fine_tune`.
+
+    Parameters
+    ----------
+    model : str or path
+        Name in the library, or path of a checkpoint.
+    annotations, settings, name, snapshot, resume
+        See `fine_tune`.
+    output : path
+        Written at the end, atomically.
+    view : View, optional
+        Of which previews are made.
+
+    Returns
+    -------
+    Path
+        Where the new model is.
+    """
+    better = yield from fine_tune_steps(
+        load_model(model),
+        annotations,
+        settings,
+        name=name,
+        snapshot=snapshot,
+        resume=resume,
+        view=view,
+    )
+    return save_model(better, output)
+
+
+def _identity(
+    model: Model, data: TrainingData, settings: TrainingSettings
+) -> dict[str, Any]:
+    """Say what a training must have in common with another to go on from it."""
+    where = {"device", "precision"}
+    return {
+        "base": model_sha256(model),
+        "data": data.sha256,
+        "settings": settings.model_dump(mode="json", exclude=where),
+    }
+
+
+def _verdict(training: Training, settings: TrainingSettings, improved: bool) -> str:
+    """Say what the user should know at the end."""
+    state, best = training.state, training.state.best
+    assert best is not None
+    if not improved:
+        old, new = state.base_scores["F1@0.5"], best.scores["F1@0.5"]
+        return (
+            "On the held-out part the new model is not better than the old one (F1 "
+            f"{new:.2f}, before {old:.2f}). Keep the old one, or annotate more."
+        )
+    if state.step < settings.steps:
+        return (
+            f"The training ended early: the scores were best at step {best.step}, and "
+            f"no better {state.stale} times since."
+        )
+    return ""
+
+
+def _finish_steps(
+    model: Model,
+    training: Training,
+    annotations: Sequence[Annotation],
+    settings: TrainingSettings,
+    name: str,
+) -> Generator[TrainingStep, View | None, Model]:
+    """Make a model of the best network, with its passport."""
+    data, best = training.data, training.state.best
+    assert best is not None
+    training.network.load_state_dict(best.weights)
+    predicted = yield from training.predict_steps()
+    passport = data.model.passport
+    tuning = tune_steps(predicted, passport, THRESHOLDS, (passport.grow, 1))
+    objects = yield from training.beats(tuning, "choosing the threshold")
+    record = TrainingRecord(
+        date=datetime.date.today().isoformat(),
+        data=_describe(annotations),
+        data_sha256=data.sha256,
+        images=len(annotations),
+        steps=best.step,
+        settings=settings.model_dump(mode="json")
+        | {"patch_shape": list(data.plan.shape), "batch_size": data.plan.batch_size},
+        scores=score(predicted, passport, objects)
+        | {f"old {key}": value for key, value in training.state.base_scores.items()},
+        parent_sha256=model_sha256(model),
+    )
+    low, high = data.intensity_range
+    if passport.intensity_range is not None:
+        low = min(low, passport.intensity_range[0])
+        high = max(high, passport.intensity_range[1])
+    diameter = passport.object_diameter
+    if diameter is None and data.diameters:
+        diameter = round(float(np.median(data.diameters)), 1)
+    with torch.random.fork_rng(devices=[]):  # building draws weights
+        network = UNet.from_config(data.model.network.config)
+    network.load_state_dict(best.weights)
+    changes = {
+        "name": name or f"{passport.name} (fine-tuned)",
+        "threshold": objects.threshold,
+        "grow": objects.grow,
+        "border_weights": settings.border_weights,
+        "object_diameter": diameter,
+        "intensity_range": (low, high),
+        "history": (*passport.history, record),
+        "library_versions": {library: version(library) for library in _LIBRARIES},
+    }
+    return Model(network.eval(), passport.model_copy(update=changes))
+
+
+def _describe(annotations: Sequence[Annotation]) -> str:
+    count = len(annotations)
+    names = [annotation.name for annotation in annotations if annotation.name]
+    listed = f": {', '.join(names[:5])}" if names else ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{count} annotated image{'s' * (count != 1)}{listed}{more}"

@@ -1,0 +1,319 @@
+"""One training under way: its network, optimiser and state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import torch
+
+from napari_unet.errors import OutOfMemory
+from napari_unet.inference.backends import is_out_of_memory
+from napari_unet.inference.segment import segment_steps
+from napari_unet.training.losses import (
+    binary_cross_entropy,
+    combined,
+    cross_entropy,
+    soft_dice,
+)
+from napari_unet.training.patches import Patches
+from napari_unet.training.settings import TrainingStep, View
+from napari_unet.training.snapshot import Best, Saved, Snapshot, write_snapshot
+from napari_unet.training.validation import (
+    FEW_THRESHOLDS,
+    predict_held_out_steps,
+    score,
+    tune_steps,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from napari_unet.steps import Progress
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.training.data import TrainingData
+    from napari_unet.training.losses import Loss
+    from napari_unet.training.settings import TrainingSettings
+    from napari_unet.training.validation import Predicted
+
+__all__ = ["Training", "is_better", "learning_rate"]
+
+Result = TypeVar("Result")
+Beats: TypeAlias = Generator[TrainingStep, View | None, Result]
+
+_LARGEST_GRADIENT = 5.0
+_RATE = {"default": 1e-3, "paper": 1e-3}
+_WARM_UP = 100  # steps at most, and a tenth of all
+
+
+class Training:
+    """A network that learns.
+
+    Parameters
+    ----------
+    data : TrainingData
+        Its model's network is trained, in place.
+    annotations : sequence of Annotation
+        For previews.
+    settings : TrainingSettings
+        How it learns.
+    device : torch.device
+        Where.
+    view : View or None
+        Of which previews are made.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        annotations: Sequence[Annotation],
+        settings: TrainingSettings,
+        device: torch.device,
+        view: View | None,
+    ):
+        self.data = data
+        self.state = Snapshot()
+        self._annotations = annotations
+        self._settings = settings
+        self._device = device
+        self._view = view
+        self._view_is_new = view is not None
+        self._told: set[str] = set()
+        self._path: Path | None = None
+        self._identity: dict[str, Any] = {}
+        self._patches = Patches(data.images, data.plan, settings.seed)
+        self.network = data.model.network.to(device)
+        if data.model.ndim == 2:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._frozen = []
+        if settings.freeze_encoder:
+            self._frozen = [self.network.encoder, self.network.bottleneck]
+        for part in self._frozen:
+            part.requires_grad_(False)
+        self._weights = [w for w in self.network.parameters() if w.requires_grad]
+        self.optimizer = _optimizer(self._weights, settings)
+        self._loss = _loss(settings, self.network.config.num_classes)
+        if settings.precision == "float32" or device.type != "cuda":
+            half = False
+        else:
+            half = torch.cuda.is_bf16_supported(including_emulation=False)
+        self._half = half
+
+    def learn(self, step: int, rate: float) -> float:
+        """Do one step of the optimiser.
+
+        Parameters
+        ----------
+        step : int
+            From 1.
+        rate : float
+            Learning rate.
+
+        Returns
+        -------
+        float
+            The loss; not finite if the loss or its gradient is not, and then the
+            network is as it was.
+        """
+        self.network.train()
+        for part in self._frozen:
+            part.eval()
+        try:
+            image, target, weights = self._patches.batch(step, self._device)
+            if image.ndim == 4:
+                image = image.contiguous(memory_format=torch.channels_last)
+            with self._randomness(step), self._precision():
+                with torch.autocast(
+                    self._device.type, torch.bfloat16, enabled=self._half
+                ):
+                    logits = self.network(image)
+                loss = self._loss(logits, target, weights)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(self._weights, _LARGEST_GRADIENT)
+            value, size = torch.stack([loss.detach(), norm]).tolist()
+            if not math.isfinite(value) or not math.isfinite(size):
+                return math.nan
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sides = " x ".join(map(str, self.data.plan.shape))
+            raise OutOfMemory(
+                f"Memory ran out on {self._device} with {self.data.plan.batch_size} "
+                f"patches of {sides}. Choose a smaller batch or smaller patches."
+            ) from error
+        return float(value)
+
+    def look_steps(self) -> Beats[dict[str, float]]:
+        """Score the network as it is on the held-out part, with heartbeats."""
+        passport = self.data.model.passport
+        predicted = yield from self.predict_steps()
+        tuning = tune_steps(predicted, passport, FEW_THRESHOLDS, (passport.grow,))
+        objects = yield from self.beats(tuning, "scoring")
+        return score(predicted, passport, objects)
+
+    def predict_steps(self) -> Beats[list[Predicted]]:
+        """Predict the held-out part with the network as it is, with heartbeats."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # the engine sizes its tiles by what is free
+        steps = predict_held_out_steps(
+            self.data.model,
+            self.data.held_out,
+            str(self._device),
+            self._settings.precision,
+        )
+        return (yield from self.beats(steps, "scoring"))
+
+    def keep_if_best(self, step: int, scores: dict[str, float]) -> bool:
+        """Note the scores after a step; keep the network if it is the best."""
+        state = self.state
+        state.history.append((step, scores))
+        state.stale += 1
+        if state.best is not None and not is_better(scores, state.best.scores):
+            return False
+        weights = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in self.network.state_dict().items()
+        }
+        state.best, state.stale = Best(step, scores, weights), 0
+        return True
+
+    def save(self) -> None:
+        """Write all that is needed to go on, if there is a file for it."""
+        if self._path is None:
+            return
+        plan = self.data.plan
+        saved = Saved(
+            self._path,
+            self._identity,
+            {"patch_shape": plan.shape, "batch_size": plan.batch_size},
+            self.state,
+            self.network.state_dict(),
+            self.optimizer.state_dict(),
+        )
+        write_snapshot(saved)
+
+    def saves_to(self, path: Path | None, identity: dict[str, Any]) -> None:
+        """Name the file of the snapshots; None for none."""
+        self._path, self._identity = path, identity
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from there."""
+        self.state = saved.snapshot
+        self.network.load_state_dict(saved.network)
+        self.optimizer.load_state_dict(saved.optimizer)
+
+    def preview_steps(self) -> Beats[NDArray | None]:
+        """Segment what is being looked at, with heartbeats; None if nothing is."""
+        if self._view is None:
+            return None
+        self._view_is_new = False
+        annotation = self._annotations[self._view.annotation]
+        steps = segment_steps(
+            annotation.image,
+            self.data.model,
+            axes=annotation.image_axes,
+            region=self._view.region,
+            device=str(self._device),
+            precision=self._settings.precision,
+            pixel_size=annotation.pixel_size,
+        )
+        return (yield from self.beats(steps, "preview"))
+
+    @property
+    def view_is_new(self) -> bool:
+        """Whether another part is being looked at since the last preview."""
+        return self._view_is_new
+
+    def beats(
+        self, steps: Generator[Progress | None, None, Result], message: str
+    ) -> Beats[Result]:
+        """Run a computation; what it yields becomes heartbeats of the training."""
+        with closing(steps):
+            while True:
+                try:
+                    progress = next(steps)
+                except StopIteration as stop:
+                    result: Result = stop.value
+                    return result
+                note = progress.note if progress else ""
+                yield from self.tell(message=message, note=note)
+
+    def tell(self, **what: Any) -> Generator[TrainingStep, View | None, None]:
+        """Yield one step, and take the view if another one is sent; notes only once."""
+        if what.get("note") in self._told:
+            what["note"] = ""
+        self._told.add(what.get("note", ""))
+        done = what.pop("done", self.state.step)
+        view = yield TrainingStep(done, self._settings.steps, **what)
+        if view is not None:
+            self._view, self._view_is_new = view, True
+
+    def _randomness(self, step: int) -> AbstractContextManager[object]:
+        """Let dropout depend only on the seed and the step."""
+        if not self.network.config.dropout:
+            return nullcontext()
+        return _seeded(self._settings.seed * 1_000_003 + step, self._device)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self._device.type == "cuda" and self._settings.precision == "float32":
+            flags: AbstractContextManager[object] = torch.backends.cudnn.flags(
+                enabled=True, allow_tf32=False
+            )
+            return flags
+        return nullcontext()
+
+
+def is_better(scores: dict[str, float], others: dict[str, float]) -> bool:
+    """Compare F1 first, then the loss."""
+    f1, other = scores["F1@0.5"], others["F1@0.5"]
+    return f1 > other or (f1 == other and scores["loss"] < others["loss"])
+
+
+def learning_rate(settings: TrainingSettings, step: int) -> float:
+    """Return the learning rate of a step, counted from 1.
+
+    The paper's stays. The default's rises linearly in the first tenth of the steps,
+    at most 100, and then falls as half a period of a cosine.
+    """
+    rate = settings.learning_rate or _RATE[settings.preset]
+    if settings.preset == "paper":
+        return rate
+    warm_up = min(_WARM_UP, max(1, settings.steps // 10))
+    if step <= warm_up:
+        return rate * step / warm_up
+    part = (step - warm_up) / (settings.steps - warm_up + 1)
+    return rate * (1 + math.cos(math.pi * part)) / 2
+
+
+def _optimizer(
+    weights: list[torch.nn.Parameter], settings: TrainingSettings
+) -> torch.optim.Optimizer:
+    if settings.preset == "paper":
+        return torch.optim.SGD(weights, momentum=0.99)
+    return torch.optim.AdamW(weights, weight_decay=1e-2)
+
+
+def _loss(settings: TrainingSettings, outputs: int) -> Loss:
+    entropy = binary_cross_entropy if outputs == 1 else cross_entropy
+    if settings.loss == "cross_entropy+dice":
+        return combined((1.0, entropy), (1.0, soft_dice))
+    return entropy
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch, and put its generators back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
