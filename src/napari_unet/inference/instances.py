@@ -73,15 +73,19 @@ def label_objects(probability: NDArray, settings: ObjectSettings) -> NDArray:
         labels = _components(mask)
     if settings.grow:
         labels = _grow(labels, settings.grow)
-    # Certainly background, such as NaN, even where a hole was filled.
-    labels[probability == 0] = 0
+    certain = probability == 0
+    if labels[certain].any():
+        # Neither filled as a hole nor grown into: nor across, which leaves crumbs.
+        labels[certain] = 0
+        pieces = _components(labels)
+        labels = np.where(np.isin(pieces, pieces[mask]), pieces, 0)
     return _drop_small(labels, settings.minimal_size)
 
 
-def _components(mask: NDArray) -> NDArray:
-    """Connected by faces, so that objects touching at a corner stay apart."""
+def _components(values: NDArray) -> NDArray:
+    """Connect equal values by faces: what touches at a corner stays apart."""
     labels: NDArray = cc3d.connected_components(
-        mask, connectivity=6 if mask.ndim == 3 else 4
+        values, connectivity=6 if values.ndim == 3 else 4
     )
     return labels
 
