@@ -1,4 +1,4 @@
-"""The command line: ``napari-unet segment``, ``evaluate`` and ``models``.
+"""The command line: ``napari-unet segment``, ``train``, ``evaluate`` and ``models``.
 
 What takes long to import is imported where it is used, so that help comes at once.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from napari_unet.cli.jobs import PROBABILITIES, few, name_key, one_line, split_name
+from napari_unet.cli.jobs import PROBABILITIES, one_line
+from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.segment import segment
+from napari_unet.cli.train import train
 from napari_unet.errors import (
-    BadInput,
     BadModel,
     Cancelled,
     OutOfMemory,
@@ -111,6 +111,7 @@ def _program(
 
 
 app.command()(segment)
+app.command()(train)
 
 
 _PredictedFolder = Annotated[
@@ -149,7 +150,7 @@ def evaluate(
 
     Example: napari-unet evaluate labels/ true_labels/ --per-image
     """
-    pairs = _pair_labels(predicted, true)
+    pairs = pair_by_name(predicted, true, skip=PROBABILITIES)
     from napari_unet.training.scores import score_images
 
     scores = score_images(_read_pairs(pairs), [name for name, _, _ in pairs])
@@ -159,76 +160,12 @@ def evaluate(
         typer.echo(scores.to_table(per_image=per_image))
 
 
-def _pair_labels(predicted: Path, true: Path) -> list[tuple[str, Path, Path]]:
-    """Match predicted and true label images by their names without suffix.
-
-    Parameters
-    ----------
-    predicted, true : path
-        Two folders, or two files, which need not have the same name.
-
-    Returns
-    -------
-    list of (name, predicted, true)
-
-    Raises
-    ------
-    BadInput
-        If one has no counterpart.
-    """
-    if os.path.isfile(predicted) and os.path.isfile(true):
-        return [(split_name(true)[0], predicted, true)]
-    found, wanted = _by_name(predicted, skip=PROBABILITIES), _by_name(true)
-    for have, others, where in ((wanted, found, predicted), (found, wanted, true)):
-        lonely = [path for key, path in have.items() if key not in others]
-        if lonely:
-            raise BadInput(
-                f"{where} has no counterpart of {few(lonely)}; the names must be the "
-                "same up to the suffix."
-            )
-    return [(split_name(path)[0], found[key], path) for key, path in wanted.items()]
-
-
-def _by_name(folder: Path, skip: str | None = None) -> dict[str, Path]:
-    from napari_unet.files.images import list_images
-
-    paths: dict[str, Path] = {}
-    for path in list_images(folder):
-        stem = split_name(path)[0]
-        if skip and stem.endswith(skip):
-            continue
-        other = paths.setdefault(name_key(stem), path)
-        if other is not path:
-            raise BadInput(
-                f"{other.name} and {path.name} in {folder} have the same name up to "
-                "the suffix; leave only one of them there."
-            )
-    if not paths:
-        raise BadInput(f"There are no label images in {folder}.")
-    return paths
-
-
 def _read_pairs(
     pairs: Sequence[tuple[str, Path, Path]],
 ) -> Iterator[tuple[Any, Any]]:
     """Read true and predicted labels, one pair at a time."""
     for _, predicted, true in pairs:
-        yield _read_labels(true), _read_labels(predicted)
-
-
-def _read_labels(path: Path) -> Any:
-    from napari_unet.files.images import read_image
-
-    image = read_image(path)
-    for note in image.notes:
-        named = note if path.name in note else f"{path.name}: {note}"
-        typer.echo(f"Note: {one_line(named)}", err=True)
-    if "S" in image.axes:
-        raise BadInput(
-            f"{path.name} is a colour image; label images have one whole number for "
-            "each pixel."
-        )
-    return image.data
+        yield read_labels(true), read_labels(predicted)
 
 
 @models.callback()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from napari_unet.errors import BadInput
 from napari_unet.models.model import ClassInfo, Model, Passport, default_passport
+from napari_unet.models.normalize import Normalization
 from napari_unet.network.unet import UNet
+from napari_unet.training.annotations import check_annotations, derive_truths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.settings import TrainingSettings
 
-__all__ = ["adapted_copy", "count_channels"]
+__all__ = ["adapted_copy", "count_channels", "untrained_model"]
 
 _PAPER_DROPOUT = 0.5
 
@@ -93,6 +95,40 @@ def adapted_copy(
         passport = passport.model_copy(update={"classes": classes})
     network.load_state_dict(state)
     return Model(network, passport), notes
+
+
+def untrained_model(
+    annotations: Sequence[Annotation], *, ndim: Literal[2, 3] = 2, seed: int = 0
+) -> Model:
+    """Make a model that fits annotations, to be trained from scratch.
+
+    Parameters
+    ----------
+    annotations : sequence of Annotation
+        Say how many channels and classes there are.
+    ndim : int, optional
+        2 for a network of planes, 3 for one of volumes.
+    seed : int, optional
+        Draws the weights.
+
+    Returns
+    -------
+    Model
+        Of 32 channels at first; for volumes with 3 poolings instead of 4. Colours
+        keep their proportions.
+    """
+    check_annotations(annotations)
+    truths = (truth for one in annotations for _, truth in derive_truths(one, ndim))
+    outputs = 1 + max(int(truth.target.max()) for truth in truths)
+    channels = count_channels(annotations, expected=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = UNet(channels, outputs, base_channels=32, ndim=ndim, depth=6 - ndim)
+    are_colours = all("S" in annotation.image_axes for annotation in annotations)
+    passport = default_passport(network).model_copy(
+        update={"normalization": Normalization(joint_channels=are_colours)}
+    )
+    return Model(network, passport)
 
 
 def count_channels(annotations: Sequence[Annotation], expected: int) -> int:

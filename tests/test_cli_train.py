@@ -1,0 +1,214 @@
+"""The command ``train``: from folders of images and labels to a model that segments."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tifffile
+from cli_cases import call, hashes, squares, threshold_model, write_image
+
+from napari_unet import load_model, save_model
+from napari_unet.models.model import Model
+from napari_unet.network.unet import UNet
+
+
+@pytest.fixture(autouse=True)
+def library(tmp_path, monkeypatch):
+    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "models"
+
+
+@pytest.fixture
+def run(capsys):
+    return lambda *arguments: call(capsys, *arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images with their labels, and a tiny model."""
+    for number in (3, 4):
+        image = squares(number, (48, 64))
+        noise = np.random.default_rng(number).integers(0, 200, image.shape)
+        labels = image // 1000 * (1 + np.arange(64) // 12)
+        write_image(tmp_path / "images" / f"{number}.tif", (image + noise).astype("u2"))
+        write_image(tmp_path / "labels" / f"{number}.tif", labels.astype("u2"))
+    network = UNet(1, 2, depth=1, base_channels=4)
+    save_model(Model(network), tmp_path / "base.safetensors")
+    return tmp_path
+
+
+def arguments(folder, *more):
+    return [
+        *["train", folder / "images", folder / "labels", "-o", folder / "mine"],
+        *["--device", "cpu", *more],
+    ]
+
+
+def program(command):
+    return [sys.executable, "-m", "napari_unet", *map(str, command)]
+
+
+def test_train_and_segment_with_the_result(folder):
+    base = hashes(folder)
+    options = ["-m", folder / "base.safetensors", "--steps", "30"]
+
+    train = subprocess.run(
+        program(arguments(folder, *options)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert train.returncode == 0, train.stderr
+    mine = folder / "mine.safetensors"
+    assert train.stdout.startswith(f"{mine}: on the held-out part loss ")
+    assert "before: loss " in train.stderr
+    assert "step 30: loss " in train.stderr
+    after = hashes(folder)
+    assert after.keys() - base.keys() == {"mine.safetensors"}
+    assert all(after[name] == base[name] for name in base)
+    model = load_model(mine)
+    assert model.passport.name == "mine"
+    assert model.passport.history[-1].data == "2 annotated images: 3.tif, 4.tif"
+    assert model.passport.history[-1].settings["steps"] == 30
+    segment = subprocess.run(
+        program(["segment", folder / "images", "-m", mine, "-o", folder / "out"]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert segment.returncode == 0, segment.stderr
+    assert tifffile.imread(folder / "out" / "3.tif").shape == (48, 64)
+
+
+def test_a_new_model_with_classes_from_scribbles(run, folder, monkeypatch):
+    for path in (folder / "labels").iterdir():
+        labels = tifffile.imread(path)
+        painted = np.where(labels > 2, 3, np.where(labels > 0, 2, 1))
+        painted[:, ::3] = 0
+        tifffile.imwrite(path, painted.astype("u1"))
+    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
+
+    result = run(
+        *arguments(folder, "--new", "--steps", 2, "--unpainted", "unknown"),
+        *["--labels-are", "classes", "--quiet", "--seed", 3],
+    )
+
+    assert result == (0, "", "")
+    model = load_model(folder / "mine.safetensors")
+    assert model.network.config.num_classes == 3
+    assert model.passport.history[-1].settings["seed"] == 3
+
+
+class small_unet(UNet):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **{**options, "base_channels": 2, "depth": 1})
+
+
+def test_a_killed_training_is_resumed(folder):
+    options = ["-m", folder / "base.safetensors", "--steps", "100000"]
+    process = subprocess.Popen(program(arguments(folder, *options)), text=True)
+    snapshot = folder / "mine.snapshot"
+    deadline = time.monotonic() + 60
+    while not snapshot.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (folder / "mine.safetensors").exists()
+    again = subprocess.run(
+        program(arguments(folder, *options)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 4
+    assert "go on with --resume, or start anew with --overwrite" in again.stderr
+    other = ["-m", folder / "base.safetensors", "--steps", "60", "--resume"]
+    refused = subprocess.run(
+        program(arguments(folder, *other)), capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "other settings (steps)" in refused.stderr
+    resumed = subprocess.Popen(
+        program(arguments(folder, *options, "--resume")),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = [resumed.stderr.readline() for _ in range(2)]
+    assert lines[0].startswith("before: ")
+    assert lines[1].startswith("step 50: ")
+    if os.name == "posix":
+        resumed.send_signal(signal.SIGINT)
+        _, rest = resumed.communicate(timeout=60)
+        assert resumed.returncode == 130
+        assert "Stopped by Ctrl-C" in rest
+        assert snapshot.exists()
+        assert not [name for name in os.listdir(folder) if name.endswith(".part")]
+    resumed.kill()
+    resumed.wait()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        ([], 1, "Give either a model to start from with -m, or --new."),
+        (["-m", "base.safetensors", "--new"], 1, "Give either a model"),
+        (["-m", "nothing"], 2, "There is no model 'nothing' in the library"),
+        (["-m", "base.safetensors", "--device", "abacus"], 1, "no device 'abacus'"),
+        (["--new", "--unpainted", "unknown"], 0, ""),
+    ],
+)
+def test_wrong_options(run, folder, monkeypatch, more, code, words):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
+    result = run(*arguments(folder, "--steps", 1, *more))
+    assert result.code == code
+    assert words in result.err
+    assert (folder / "mine.safetensors").exists() == (code == 0)
+
+
+def test_nothing_is_overwritten_without_being_told(run, folder):
+    base = folder / "base.safetensors"
+    mine = folder / "mine.safetensors"
+    mine.write_bytes(b"precious")
+    result = run(*arguments(folder, "-m", base, "--steps", 1))
+    assert result.code == 4
+    assert "exists already; use --overwrite" in result.err
+    assert mine.read_bytes() == b"precious"
+    content = base.read_bytes()
+    result = run(*arguments(folder, "-m", base, "-o", base, "--overwrite"))
+    assert result.code == 4
+    assert "never overwritten" in result.err
+    assert base.read_bytes() == content
+    result = run(*arguments(folder, "-m", base, "--steps", 1, "--overwrite"))
+    assert result.code == 0
+    assert load_model(mine).passport.name == "mine"
+
+
+def test_what_cannot_be_used_is_said_in_words(run, folder):
+    model = threshold_model(folder / "threshold.safetensors")
+    label = folder / "labels" / "3.tif"
+    painted = tifffile.imread(label)
+    tifffile.imwrite(label, painted[:40])
+    result = run(*arguments(folder, "-m", model))
+    assert result.code == 1
+    assert "3.tif: The sizes differ: the labels are 40 x 64" in result.err
+    label.unlink()
+    result = run(*arguments(folder, "-m", model))
+    assert result.code == 1
+    assert "no counterpart of" in result.err
+    (folder / "images" / "3.tif").unlink()
+    (folder / "images" / "4.tif").unlink()
+    result = run(*arguments(folder, "-m", model))
+    assert "There are no images in" in result.err
+
+
+def test_help(run):
+    result = run("train", "--help")
+    assert result.code == 0
+    assert "--resume" in result.out
+    assert "Example: napari-unet train" in result.out
