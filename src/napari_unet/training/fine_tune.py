@@ -67,6 +67,18 @@ def fine_tune_steps(
     settings = settings or TrainingSettings()
     path = None if snapshot is None else Path(snapshot)
     training = yield from _start_steps(model, annotations, settings, path, resume, view)
+    try:
+        note = yield from _learn_steps(training, settings)
+        yield from training.tell(message="choosing the threshold", note=note)
+        return (yield from _finish_steps(model, training, annotations, settings, name))
+    finally:
+        training.close()
+
+
+def _learn_steps(
+    training: Training, settings: TrainingSettings
+) -> Generator[TrainingStep, View | None, str]:
+    """Do all steps; return what the user should know about their end."""
     state, problem = training.state, ""
     while state.step < settings.steps and state.stale < settings.patience:
         step = state.step + 1
@@ -100,9 +112,7 @@ def fine_tune_steps(
     improved = state.best and is_better(state.best.scores, state.base_scores)
     if problem and not improved:
         raise BadModel(f"{problem} The model was not changed.")
-    note = problem or _verdict(training, settings, bool(improved))
-    yield from training.tell(message="choosing the threshold", note=note)
-    return (yield from _finish_steps(model, training, annotations, settings, name))
+    return problem or _verdict(training, settings, bool(improved))
 
 
 def _start_steps(

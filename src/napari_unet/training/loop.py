@@ -206,6 +206,10 @@ class Training:
         """Name the file of the snapshots; None for none."""
         self._path, self._identity = path, identity
 
+    def close(self) -> None:
+        """End what runs in the background."""
+        self._patches.close()
+
     def restore(self, saved: Saved) -> None:
         """Go on from there."""
         self.state = saved.snapshot

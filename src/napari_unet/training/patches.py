@@ -9,8 +9,9 @@ of the step and the patch.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -145,6 +146,11 @@ def _weights(
     )
 
 
+_Arrays: TypeAlias = (
+    "tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]"
+)
+
+
 class Patches:
     """Batches of patches; each depends only on the seed and its number.
 
@@ -171,6 +177,9 @@ class Patches:
         for number, image in enumerate(images):
             for name, mask in _groups(image):
                 found = np.flatnonzero(mask)
+                if len(found) > _KEPT_CENTRES:
+                    random = np.random.default_rng((seed, number))
+                    found = random.choice(found, _KEPT_CENTRES, replace=False)
                 if len(found):
                     groups.setdefault(name, {})[number] = found
         if not groups:
@@ -178,9 +187,10 @@ class Patches:
                 "At the model's pixel size nothing is left of what is painted. Correct "
                 "the pixel size of the images, or paint larger parts."
             )
-        random = np.random.default_rng((seed, 0))
-        self._known = _Group(groups.pop(_KNOWN), random)
-        self._favoured = [_Group(groups[name], random) for name in sorted(groups)]
+        self._known = _Group(groups.pop(_KNOWN))
+        self._favoured = [_Group(groups[name]) for name in sorted(groups)]
+        self._pool = ThreadPoolExecutor(1, "napari-unet")
+        self._next: tuple[int, Future[_Arrays]] | None = None
 
     def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Draw, cut and augment the patches of a step.
@@ -198,16 +208,14 @@ class Patches:
         target, weights : Tensor of shape (batch, *spatial)
             Of the shape of the network's output.
         """
-        patches = [
-            self._draw(np.random.default_rng((self._seed, step, number)))
-            for number in range(self.plan.batch_size)
-        ]
-        pixels, classes, known = (
-            torch.from_numpy(np.stack(arrays)).to(device)
-            for arrays in zip(*patches, strict=True)
-        )
-        seed = int(np.random.default_rng((self._seed, step)).integers(2**62))
-        generator = torch.Generator().manual_seed(seed)
+        if self._next and self._next[0] == step:
+            arrays = self._next[1].result()
+        else:
+            arrays = self._cut(step)
+        self._next = step + 1, self._pool.submit(self._cut, step + 1)
+        pixels, classes, known = (torch.from_numpy(a).to(device) for a in arrays)
+        random = np.random.default_rng((self._seed, step, self.plan.batch_size))
+        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
         image, target, weights = augment(
             pixels,
             classes,
@@ -221,9 +229,20 @@ class Patches:
             weights = weights.narrow(axis, self.plan.shrink, side)
         return image, target, weights
 
-    def _draw(
-        self, random: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]:
+    def close(self) -> None:
+        """End what prepares the next batch."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _cut(self, step: int) -> _Arrays:
+        """Draw and cut; while a network learns, this is done for the next step."""
+        patches = [
+            self._draw(np.random.default_rng((self._seed, step, number)))
+            for number in range(self.plan.batch_size)
+        ]
+        pixels, target, weights = zip(*patches, strict=True)
+        return np.stack(pixels), np.stack(target), np.stack(weights)
+
+    def _draw(self, random: np.random.Generator) -> _Arrays:
         group = self._known
         if self._favoured and random.random() < 0.5:
             group = self._favoured[random.integers(len(self._favoured))]
@@ -272,18 +291,11 @@ def _groups(image: TrainingImage) -> Iterator[tuple[int, NDArray[np.bool_]]]:
 class _Group:
     """Places in the images that have something in common."""
 
-    def __init__(
-        self, places: Mapping[int, NDArray[np.int64]], random: np.random.Generator
-    ):
+    def __init__(self, places: Mapping[int, NDArray[np.int64]]):
         chance = np.sqrt([len(found) for found in places.values()])
         self._chance = chance / chance.sum()
         self._images = list(places)
-        self._places = [
-            found
-            if len(found) <= _KEPT_CENTRES
-            else np.sort(random.choice(found, _KEPT_CENTRES, replace=False))
-            for found in places.values()
-        ]
+        self._places = list(places.values())
 
     def draw(self, random: np.random.Generator) -> tuple[int, int]:
         """Return an image and a flat index into it."""
