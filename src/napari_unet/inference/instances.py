@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import cc3d
 import numpy as np
 from scipy import ndimage
+from skimage import measure
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
@@ -77,15 +78,15 @@ def label_objects(probability: NDArray, settings: ObjectSettings) -> NDArray:
     if labels[certain].any():
         # Neither filled as a hole nor grown into: nor across, which leaves crumbs.
         labels[certain] = 0
-        pieces = _components(labels)
+        pieces = measure.label(labels, connectivity=1)
         labels = np.where(np.isin(pieces, pieces[mask]), pieces, 0)
     return _drop_small(labels, settings.minimal_size)
 
 
-def _components(values: NDArray) -> NDArray:
-    """Connect equal values by faces: what touches at a corner stays apart."""
+def _components(mask: NDArray) -> NDArray:
+    """Connected by faces, so that objects touching at a corner stay apart."""
     labels: NDArray = cc3d.connected_components(
-        values, connectivity=6 if values.ndim == 3 else 4
+        mask, connectivity=6 if mask.ndim == 3 else 4
     )
     return labels
 
