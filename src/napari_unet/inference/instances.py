@@ -150,7 +150,8 @@ def _fill_small_holes(mask: NDArray) -> NDArray:
     objects = np.bincount(_components(mask).ravel())[1:]
     if not len(objects):
         return mask
-    outside = cc3d.connected_components(~mask, connectivity=26 if mask.ndim == 3 else 8)
+    # Not 26: cc3d 4.1 fails with it on volumes that are a single line.
+    outside = cc3d.connected_components(~mask, connectivity=18 if mask.ndim == 3 else 8)
     sizes = np.bincount(outside.ravel())
     small = sizes < np.median(objects) / 10
     small[0] = False
