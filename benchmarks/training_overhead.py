@@ -6,7 +6,7 @@ Usage::
 
 The bare loop does forward, loss, backward and step on batches that are there already.
 The training draws, cuts and augments the same batches, checks the loss, clips the
-gradient, sets the learning rate and yields. Both take turns, several times; printed
+gradient, sets the learning rate and yields. Both take turns, step by step; printed
 are the medians and their ratio, which should be 1.15 at most.
 """
 
@@ -24,10 +24,9 @@ from napari_unet import Annotation, Model, TrainingSettings, UNet
 from napari_unet.inference.backends import choose_device
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.fine_tune import fine_tune_steps
+from napari_unet.training.loop import computes_bfloat16
 from napari_unet.training.losses import cross_entropy
 from napari_unet.training.patches import Patches
-
-ROUNDS = 3
 
 
 def discs(seed: int, side: int = 512) -> tuple[np.ndarray, np.ndarray]:
@@ -50,39 +49,35 @@ def result_of(steps):
             return stop.value
 
 
-def bare_loop(network, batches, device) -> float:
-    """Seconds for all batches."""
-    network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
-    network.train()
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    optimizer = torch.optim.AdamW(network.parameters())
-    start = time.perf_counter()
-    for image, target, weights in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            logits = network(image)
+class BareLoop:
+    """Forward, loss, backward, step."""
+
+    def __init__(self, network, device):
+        network = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
+        self.network = network.train()
+        self.device = device
+        self.half = computes_bfloat16(device)
+        self.optimizer = torch.optim.AdamW(network.parameters())
+
+    def step(self, image, target, weights) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            logits = self.network(image)
         loss = cross_entropy(logits, target, weights)
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
-def training(model, annotations, settings) -> float:
-    """Seconds for the steps, without what comes before and after them."""
-    times = []
-    for step in fine_tune_steps(model, annotations, settings):
-        if step.loss is not None or step.message == "before training":
-            times.append(time.perf_counter())
-        if step.done == settings.steps - 1 and step.loss is not None:
-            break  # the last step scores
-    return times[-1] - times[0]
+def until(steps, wanted) -> None:
+    while not wanted(next(steps)):
+        pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--base-channels", type=int, default=16)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -100,14 +95,22 @@ def main() -> None:
         image, target, weights = patches.batch(step, device)
         image = image.contiguous(memory_format=torch.channels_last)
         batches.append((image, target, weights))
+    bare_loop = BareLoop(model.network, device)
+    training = fine_tune_steps(model, annotations, settings)
+    until(training, lambda step: step.message == "before training")
     bare, full = [], []
-    for _ in range(ROUNDS):
-        bare.append(bare_loop(model.network, batches, device))
-        full.append(training(model, annotations, settings))
+    for batch in batches:
+        start = time.perf_counter()
+        until(training, lambda step: step.loss is not None)
+        middle = time.perf_counter()
+        bare_loop.step(*batch)
+        full.append(middle - start)
+        bare.append(time.perf_counter() - middle)
+    training.close()
     slow, fast = statistics.median(full), statistics.median(bare)
     print(f"{device}, batches of {data.plan.batch_size} x {data.plan.shape}")
-    print(f"bare loop  {arguments.steps / fast:.2f} steps/s")
-    print(f"training   {arguments.steps / slow:.2f} steps/s")
+    print(f"bare loop  {1 / fast:.2f} steps/s")
+    print(f"training   {1 / slow:.2f} steps/s")
     print(f"ratio      {slow / fast:.3f} (target: at most 1.15)")
 
 

@@ -353,9 +353,10 @@ def test_a_frozen_encoder_stays_as_it_was():
             {"preset": "paper", "learning_rate": 1e-4},
         ),
         ({}, {"loss": "cross_entropy+dice", "border_weights": None}),
+        ({}, {"precision": "float32"}),
         ({"norm": "group", "dropout": 0.2}, {"augmentation": NO_AUGMENTATION}),
     ],
-    ids=["sigmoid", "sigmoid dice", "valid", "paper", "dice", "group norm"],
+    ids=["sigmoid", "sigmoid dice", "valid", "paper", "dice", "float32", "group norm"],
 )
 def test_variants_train(options, settings):
     settings = QUICK.model_copy(
@@ -451,3 +452,22 @@ def test_settings_survive_json():
     assert TrainingSettings.model_validate_json(text) == settings
     assert copy.deepcopy(settings) == settings
     assert TrainingStep(1, 2).scores is None
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    from napari_unet import load_model, save_model
+    from napari_unet.steps import in_child
+
+    base = save_model(tiny(), tmp_path / "base.safetensors")
+    output = tmp_path / "mine.safetensors"
+    annotation = Annotation(*discs(0), regions=[np.array([[0, 0], [0, 63], [63, 63]])])
+    view = View(0, {"Y": slice(0, 8)})
+    steps, path = collect(
+        in_child(fine_tune_file_steps, base, [annotation], output, QUICK, view=view)
+    )
+    assert path == output
+    assert [s.done for s in steps if s.loss is not None] == list(range(1, 9))
+    assert any(step.preview is not None for step in steps)
+    again = fine_tune(load_model(base), [annotation], QUICK)
+    record = load_model(path).passport.history[-1]
+    assert record.data_sha256 == again.passport.history[-1].data_sha256

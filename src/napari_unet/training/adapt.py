@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from napari_unet.errors import BadInput
@@ -153,7 +154,7 @@ def count_channels(annotations: Sequence[Annotation], expected: int) -> int:
     for annotation in annotations:
         axes = annotation.image_axes
         letter = next((axis for axis in axes if axis in "CS"), None)
-        count = annotation.image.shape[axes.index(letter)] if letter else 1
+        count = np.shape(annotation.image)[axes.index(letter)] if letter else 1
         if letter == "S":
             count = 1 if expected == 1 and count >= 3 else min(count, 3)
         counts.add(int(count))

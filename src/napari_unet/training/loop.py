@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from napari_unet.training.settings import TrainingSettings
     from napari_unet.training.validation import Predicted
 
-__all__ = ["Training", "is_better", "learning_rate"]
+__all__ = ["Training", "computes_bfloat16", "is_better", "learning_rate"]
 
 Result = TypeVar("Result")
 Beats: TypeAlias = Generator[TrainingStep, View | None, Result]
@@ -99,11 +99,7 @@ class Training:
         self._weights = [w for w in self.network.parameters() if w.requires_grad]
         self.optimizer = _optimizer(self._weights, settings)
         self._loss = _loss(settings, self.network.config.num_classes)
-        if settings.precision == "float32" or device.type != "cuda":
-            half = False
-        else:
-            half = torch.cuda.is_bf16_supported(including_emulation=False)
-        self._half = half
+        self._half = settings.precision == "auto" and computes_bfloat16(device)
 
     def learn(self, step: int, rate: float) -> float:
         """Do one step of the optimiser.
@@ -275,6 +271,17 @@ class Training:
             )
             return flags
         return nullcontext()
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device computes bfloat16 itself, about twice as fast."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        # torch has no public question for this.
+        asks = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return bool(asks())
+    return False
 
 
 def is_better(scores: dict[str, float], others: dict[str, float]) -> bool:

@@ -57,7 +57,7 @@ class TrainingSettings(BaseModel):
     device : str
         "auto", "cpu", "cuda" or "mps".
     precision : "auto" or "float32"
-        "auto" is bfloat16 on GPUs that compute it.
+        "auto" is bfloat16 on GPUs and CPUs that compute it themselves.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
