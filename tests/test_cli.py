@@ -73,7 +73,7 @@ def test_segment_a_stack_keeps_axes_and_pixel_size(run, model, tmp_path):
     result = run("segment", image, "-m", model, "-o", out)
 
     assert result.code == 0
-    assert ": 3 objects, " in result.out
+    assert ": 3 objects in 3 planes, " in result.out
     with tifffile.TiffFile(out) as tiff:
         assert tiff.series[0].axes == "ZYX"
         assert tiff.series[0].shape == (3, 40, 60)

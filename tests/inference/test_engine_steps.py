@@ -177,7 +177,7 @@ def test_a_failing_source_is_not_swallowed(model):
         def __getitem__(self, index):
             raise OSError("the disk is gone")
 
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(BadInput, match="cannot be read: the disk is gone"):
         predict(Broken(), model)
 
 

@@ -306,3 +306,13 @@ def test_regions_of_a_stack(model):
         image, model, axes="ZYX", region={"Z": slice(1, 4), "X": slice(-9, None)}
     )
     np.testing.assert_allclose(part, whole[:, 1:4, :, -9:], atol=1e-5)
+
+
+def test_a_lazy_image_that_cannot_be_read_is_explained(model):
+    def fail(block):
+        raise OSError("disk gone")
+
+    lazy = da.zeros((70, 90), chunks=50, dtype=np.uint8)
+    broken = lazy.map_blocks(fail, dtype=np.uint8, meta=np.zeros((0, 0), np.uint8))
+    with pytest.raises(BadInput, match="cannot be read: disk gone"):
+        predict(broken, model)

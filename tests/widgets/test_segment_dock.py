@@ -58,6 +58,88 @@ def test_segment_twice_updates_the_same_layer(desk):
     assert len(on.viewer.layers) == 2
 
 
+def test_rerun_follows_the_image(desk):
+    on = desk()
+    image = on.viewer.add_image(spots(64, 64), name="cells")
+    on.segment()
+    first = on.labels
+    image.scale = (0.5, 0.25)
+    image.translate = (3, 4)
+    image.data = spots(48, 80)
+    on.segment()
+    assert on.labels is first
+    assert first.data.shape == (48, 80)
+    np.testing.assert_array_equal(first.scale, (0.5, 0.25))
+    np.testing.assert_array_equal(first.translate, (3, 4))
+
+
+def test_each_image_keeps_its_labels_layer(desk):
+    on = desk()
+    one = on.viewer.add_image(spots(64, 64), name="one")
+    on.segment()
+    two = on.viewer.add_image(spots(48, 48), name="two")
+    on.segment()
+    on.viewer.layers.selection.active = one
+    on.segment()
+    on.viewer.layers.selection.active = two
+    on.segment()
+    names = [layer.name for layer in on.viewer.layers]
+    assert sorted(names) == ["one", "one objects", "two", "two objects"]
+
+
+def test_long_names_fit_into_the_dock(desk):
+    on = desk(intensity_model(channels=2), show=True)
+    for number in "12":
+        on.viewer.add_image(spots(64, 64), name=30 * "long" + number)
+    on.qtbot.wait(100)
+    assert on.dock.widget().width() <= on.dock.viewport().width()
+
+
+def test_labels_follow_while_a_slider_is_dragged(desk):
+    on = desk()
+    image = spots(64, 64)
+    image[:32][image[:32] > 0] = 55
+    on.viewer.add_image(image)
+    on.segment()
+    seen = []
+    on.labels.events.data.connect(lambda event: seen.append(event))
+    for step in range(30):
+        on.dock._objects._threshold.setValue(0.6 + step / 100)
+        on.qtbot.wait(30)
+    assert len(seen) >= 3
+    on.wait_until(lambda: on.labels.data.max() == 8, 5)
+
+
+def test_sliders_work_after_a_cancelled_run_on_another_image(desk):
+    on = desk()
+    image = spots(64, 64)
+    image[:32][image[:32] > 0] = 55
+    on.viewer.add_image(image, name="cells")
+    on.segment()
+    noise = np.random.default_rng(0).random((2048, 2048), np.float32)
+    on.viewer.add_image(noise, name="other")
+    on.session.model = slow_model()
+    on.click_segment()
+    on.wait_until(on.button("Cancel").isEnabled)
+    on.button("Cancel").click()
+    on.wait_for_end()
+    assert "as they were" in on.status
+    on.dock._objects._threshold.setValue(0.9)
+    on.wait_until(lambda: on.viewer.layers["cells objects"].data.max() == 8, 5)
+
+
+def test_one_job_for_two_docks(desk):
+    on = desk(slow_model())
+    second = SegmentWidget(on.viewer, on.session)
+    on.viewer.add_image(np.random.default_rng(0).random((600, 600), np.float32))
+    on.click_segment()
+    assert not second._job.start.isEnabled()
+    assert "under way" in second._job.start.toolTip()
+    on.wait_for_end()
+    assert second._job.start.isEnabled()
+    second.deleteLater()
+
+
 def test_new_layer_on_request(desk):
     on = desk()
     on.viewer.add_image(spots(64, 64))
@@ -198,6 +280,44 @@ def test_slices_and_views_add_up(desk):
     assert on.labels.data.max() == 48
 
 
+def test_view_of_a_volume_is_all_of_it_in_z(desk):
+    on = desk(intensity_model(ndim=3), show=True)
+    on.viewer.add_image(spots(5, 64, 64))
+    on.viewer.dims.set_point(0, 3)
+    on.choose_scope("view")
+    on.segment()
+    assert (on.labels.data.max(axis=(1, 2)) == 16).all()
+
+
+def test_view_in_a_rolled_display(desk):
+    on = desk(show=True)
+    image = on.viewer.add_image(spots(64, 64, 64))
+    on.viewer.dims.order = (1, 0, 2)
+    on.qtbot.wait(100)
+    on.choose_scope("view")
+    region = on.dock._region(image, on.session.model)
+    assert region["Y"] == slice(0, 64)
+
+
+def test_view_beside_the_image(desk):
+    on = desk(show=True)
+    image = on.viewer.add_image(spots(64, 64))
+    camera = getattr(on.viewer, "scene", on.viewer).camera
+    camera.center = (0, 5000, 5000)
+    on.wait_until(lambda: image.corner_pixels[0][1] == 63)
+    on.choose_scope("view")
+    on.segment()
+    assert "move the view onto the image" in on.status
+    assert len(on.viewer.layers) == 1
+
+
+def test_flipped_image_has_a_positive_area(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64), scale=(-0.5, 0.5))
+    on.segment()
+    assert (on.labels.features["area (µm²)"] == 36 * 0.25).all()
+
+
 def test_labels_lie_on_the_image(desk):
     on = desk()
     image = on.viewer.add_image(
@@ -258,7 +378,39 @@ def test_channels_from_separate_layers(desk):
     boxes[0].setCurrentText("green")
     boxes[1].setCurrentText("red")
     on.segment()
-    assert {layer.data.max() for layer in on.viewer.layers[2:]} == {16, 0}
+    assert on.labels.data.max() == 0
+
+
+def test_chosen_channels_stay(desk):
+    on = desk(intensity_model(channels=2))
+    first = on.viewer.add_image(np.zeros((64, 64), np.uint8), name="first")
+    second = on.viewer.add_image(spots(64, 64), name="second")
+    boxes = on.dock._image._channels._boxes
+    boxes[0].setCurrentText("first")
+    boxes[1].setCurrentText("second")
+    first.name = "renamed"
+    on.viewer.add_image(spots(64, 64), name="third")
+    assert on.dock._image.channels == (first, second)
+    boxes = on.dock._image._channels._boxes
+    assert [box.currentText() for box in boxes] == ["renamed", "second"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rgb", "axes", "words"),
+    [
+        ((3, 64, 64), False, "SYX", "Only an RGB layer"),
+        ((64, 64, 3), True, "YXC", "its last axis is S"),
+        ((64, 64), False, "YXZ", "2 axes"),
+        ((64, 64), False, "", "2 axes"),
+    ],
+)
+def test_wrong_axes_are_explained(desk, shape, rgb, axes, words):
+    on = desk()
+    on.viewer.add_image(np.zeros(shape, np.uint8), rgb=rgb)
+    on.dock._image._axes.setText(axes)
+    on.dock._image._axes.textEdited.emit(axes)
+    assert words in on.dock._about.text()
+    assert not on.button("Segment").isEnabled()
 
 
 def test_channel_of_one_layer(desk):

@@ -6,6 +6,7 @@ Nothing here imports torch or reads pixels before it is called.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 import unicodedata
@@ -274,7 +275,13 @@ def segment_file_steps(
         labels = yield from segment_steps(image.data, model, **complete)
     left = "".join(axis for axis in image.axes if axis not in "CS")
     _write(job, model, labels, probabilities, left, size, overwrite)
-    return f"{_found(labels, model)}, {duration(time.perf_counter() - started)}"
+    planes = math.prod(
+        labels.shape[left.index(axis)]
+        for axis in left
+        if axis not in "ZYX"[-model.ndim :]
+    )
+    where = "" if planes == 1 else f" in {planes} planes"
+    return f"{_found(labels, model)}{where}, {duration(time.perf_counter() - started)}"
 
 
 def _write(

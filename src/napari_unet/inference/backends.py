@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import psutil
@@ -126,6 +126,10 @@ class Backend:
     """
 
     def __init__(self, network: UNet, device: str, precision: Precision = "auto"):
+        if precision not in get_args(Precision):
+            raise BadInput(
+                f"There is no precision {precision!r}; choose 'auto' or 'float32'."
+            )
         self.device = torch.device(device)
         self.precision = precision
         self.config = network.config

@@ -131,9 +131,9 @@ class Predictor:
         if tile_shape is None:
             budget = self._backend.max_input_pixels
             tile_shape = choose_tile_shape(shape, self.field, budget)
-        elif len(tile_shape) != self.model.ndim or min(tile_shape) < 1:
+        elif np.shape(tile_shape) != (self.model.ndim,) or min(tile_shape) < 1:
             raise BadInput(
-                f"tile_shape={tuple(tile_shape)} does not name {self.model.ndim} "
+                f"tile_shape={tile_shape} does not name {self.model.ndim} "
                 f"positive sides for {self.source.spatial}."
             )
         self.tile_shape = tuple(round_up(n, self.field.alignment) for n in tile_shape)

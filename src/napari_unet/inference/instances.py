@@ -12,6 +12,8 @@ from skimage import measure
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
+from napari_unet.errors import BadInput
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -38,6 +40,14 @@ class ObjectSettings:
     minimal_size: int = 0
     split_touching: bool = False
     grow: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1 or self.minimal_size < 0 or self.grow < 0:
+            raise BadInput(
+                f"A threshold of {self.threshold}, a minimal size of "
+                f"{self.minimal_size} and growth by {self.grow} make no objects: the "
+                "first is between 0 and 1, the others are not negative."
+            )
 
     @classmethod
     def recommended(cls, passport: Passport) -> ObjectSettings:

@@ -131,7 +131,13 @@ class Source:
         index = tuple(
             unit[a] if a in unit else box.get(a, slice(None)) for a in self.axes
         )
-        pixels = np.asarray(self.image[index])
+        try:
+            pixels = np.asarray(self.image[index])
+        except (OSError, ValueError) as error:  # of a lazy image
+            where = "".join(f" at {axis} {i}" for axis, i in unit.items())
+            raise BadInput(
+                f"The image cannot be read{where}: {error}. Check its file."
+            ) from error
         channel = next((a for a in kept if a in "CS"), None)
         order = ([channel] if channel else []) + list(self.spatial)
         pixels = pixels.transpose([kept.index(a) for a in order])

@@ -71,6 +71,11 @@ class ProbabilityStore:
                 dtype="uint8",
             )
 
+    @property
+    def n_units(self) -> int:
+        """Planes or volumes that are covered."""
+        return len(self._covered)
+
     def fill_steps(self, predictor: Predictor) -> Generator[Progress, None, None]:
         """Predict and keep what the predictor's region covers."""
         region = predictor.region

@@ -252,11 +252,14 @@ class Model:
         factors = self.rescaling(pixel_size)
         if factors is None:
             return ""
-        assert self.passport.pixel_size is not None
-        have, want = pixel_size["X"], self.passport.pixel_size[-1]
+        axes = "ZYX"[-self.ndim :]
+        # Of the axis that differs most.
+        worst = int(np.argmax(np.abs(np.log(factors))))
+        along = "" if np.allclose(factors, factors[worst], rtol=0.05) else axes[worst]
+        have, factor = pixel_size[axes[worst]], factors[worst]
         return (
-            f"your pixels are {have:.3g} µm, the model was trained at {want:.3g} µm: "
-            f"rescaling by {factors[-1]:.2f}"
+            f"your pixels are {have:.3g} µm{' along ' * bool(along)}{along}, the model "
+            f"was trained at {have / factor:.3g} µm: rescaling by {factor:.2f}"
         )
 
     def check_channels(self, count: int) -> None:

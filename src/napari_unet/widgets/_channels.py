@@ -9,6 +9,7 @@ import numpy as np
 from qtpy.QtWidgets import QComboBox, QFormLayout
 
 from napari_unet.errors import BadInput
+from napari_unet.widgets._dock import narrow
 from napari_unet.widgets._layers import image_array, image_layers
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ChannelChoosers:
         options: list[tuple[str, Any]] = []
         if layer is not None and "S" not in axes:
             count = 1
-            if "C" in axes and len(axes) == layer.ndim:
+            if "C" in axes and len(axes) == image_array(layer).ndim:
                 count = image_array(layer).shape[axes.index("C")]
                 if count != len(names):
                     options = [(f"channel {i + 1}", i) for i in range(count)]
@@ -63,21 +64,26 @@ class ChannelChoosers:
                     for other in image_layers(viewer)
                     if image_array(other).shape == shape
                 ]
-        wanted = (names, options)
-        if wanted == self._shown:
+        items = [data for _, data in options]
+        if (names, items) == self._shown:
+            for box in self._boxes:
+                for index, (text, _) in enumerate(options):
+                    box.setItemText(index, text)
             return
-        self._shown = wanted
+        self._shown = (names, items)
+        before = self.chosen
         for box in self._boxes:
             self._form.removeRow(box)
         self._boxes = []
         for index, name in enumerate(names if options else ()):
-            box = QComboBox()
+            box = narrow(QComboBox())
             for text, data in options:
                 box.addItem(text, data)
-            items = [data for _, data in options]
             mine = items.index(layer) if layer in items else 0
-            box.setCurrentIndex((mine + index) % len(options))
-            box.setToolTip(f"What the model gets as its channel {name!r}.")
+            if index < len(before) and before[index] in items:
+                box.setCurrentIndex(items.index(before[index]))
+            else:
+                box.setCurrentIndex((mine + index) % len(options))
             box.currentIndexChanged.connect(lambda _: self._on_change())
             self._form.insertRow(self._row + index, name, box)
             self._boxes.append(box)

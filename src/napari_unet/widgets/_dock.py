@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qtpy.compat import isalive
 from qtpy.QtCore import QObject, Qt
 from qtpy.QtWidgets import (
+    QComboBox,
     QFormLayout,
     QFrame,
     QHBoxLayout,
@@ -68,6 +69,17 @@ def while_alive(method: Method) -> Method:
         return method(self, *args) if isalive(self) else None
 
     return guarded  # type: ignore[return-value]
+
+
+def narrow(chooser: QComboBox) -> QComboBox:
+    """Let a list be narrower than its entries; long names show as tooltips."""
+    chooser.setSizeAdjustPolicy(
+        QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon
+    )
+    chooser.setMinimumContentsLength(8)
+    chooser.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+    chooser.currentTextChanged.connect(chooser.setToolTip)
+    return chooser
 
 
 def text_label(lines: int = 1) -> QLabel:

@@ -9,10 +9,11 @@ from qtpy.QtCore import QObject
 from qtpy.QtWidgets import QComboBox, QFormLayout, QLineEdit
 from superqt.utils import signals_blocked
 
+from napari_unet.errors import BadInput
 from napari_unet.inference.source import open_source
 from napari_unet.widgets import _layers
 from napari_unet.widgets._channels import ChannelChoosers
-from napari_unet.widgets._dock import while_alive
+from napari_unet.widgets._dock import narrow, while_alive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ class ImageChooser(QObject):
         self._on_change = on_change
         self._axes_by_layer: weakref.WeakKeyDictionary[Image, str]
         self._axes_by_layer = weakref.WeakKeyDictionary()
-        self._list = QComboBox()
+        self._list = narrow(QComboBox())
         self._list.setToolTip("The image layer to work on.")
         self._list.currentIndexChanged.connect(lambda _: self._on_choice())
         self._axes = QLineEdit()
@@ -85,8 +86,14 @@ class ImageChooser(QObject):
 
     def engine_input(self) -> tuple[Any, str, list[int] | None]:
         """Return image, axes and channels for the engine; raise `BadInput`."""
-        array = _layers.image_array(self.layer)
-        return self._channels.resolve(array, self.axes)
+        layer = self.layer
+        if layer is not None and layer.rgb != ("S" in self.axes):
+            raise BadInput(
+                "The layer is RGB: its last axis is S, for example YXS."
+                if layer.rgb
+                else "Only an RGB layer has an axis S; use C for channels."
+            )
+        return self._channels.resolve(_layers.image_array(layer), self.axes)
 
     def check(self, model: Model) -> None:
         """Raise `BadInput` in words if the image does not fit the model."""

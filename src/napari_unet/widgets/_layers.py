@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import dask.array as da
 import numpy as np
 from napari.layers import Image, Labels
 
@@ -57,9 +58,9 @@ def pixel_size(layer: Image, axes: str) -> dict[str, float]:
         if axis not in "ZYX":
             continue
         if unit.is_compatible_with("micrometer"):
-            sizes[axis] = float((scale * unit).to("micrometer").magnitude)
+            sizes[axis] = abs(float((scale * unit).to("micrometer").magnitude))
         elif unit.is_compatible_with("pixel") and scale != 1:
-            sizes[axis] = float(scale)
+            sizes[axis] = abs(float(scale))  # negative where an image is flipped
     return sizes
 
 
@@ -70,15 +71,28 @@ def current_index(viewer: Viewer, layer: Image) -> tuple[int, ...]:
     return tuple(int(i) for i in np.clip(where, 0, np.array(shape) - 1))
 
 
-def visible_box(layer: Image) -> tuple[slice, ...]:
-    """Return the part of the image that the canvas shows, at the finest level."""
+def visible_box(viewer: Viewer, layer: Image) -> tuple[slice, ...]:
+    """Return the part of the image that the canvas shows, at the finest level.
+
+    Of axes that are not displayed it is all; where the image lies outside of the
+    canvas it is empty.
+    """
     corners = np.asarray(layer.corner_pixels, dtype=float)
     if layer.multiscale:
         corners = corners * np.asarray(layer.downsample_factors[layer.data_level])
     shape = image_array(layer).shape[: layer.ndim]
     low = np.clip(np.floor(corners[0]), 0, shape).astype(int)
     high = np.clip(np.ceil(corners[1]) + 1, 0, shape).astype(int)
-    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    first = viewer.dims.ndim - layer.ndim
+    box = []
+    for axis, (a, b, size) in enumerate(zip(low, high, shape, strict=True)):
+        if axis + first not in viewer.dims.displayed:
+            box.append(slice(0, size))
+        elif corners[0][axis] == corners[1][axis] in (0, size - 1) and size > 1:
+            box.append(slice(0, 0))  # napari clips what it cannot see to an edge
+        else:
+            box.append(slice(int(a), int(b)))
+    return tuple(box)
 
 
 def label_space(layer: Image, axes: str) -> dict[str, Any]:
@@ -149,7 +163,14 @@ def show_labels(
         return layer
     layer.data = data
     layer.features = features
+    place(layer, space)
     return layer
+
+
+def place(layer: Image | Labels, space: dict[str, Any]) -> None:
+    """Lay a layer where `label_space` says."""
+    for name, value in space.items():
+        setattr(layer, name, value)
 
 
 def show_probabilities(
@@ -178,9 +199,11 @@ def show_probabilities(
         title = f"{name} {class_name} probability"
         key = {PROBABILITIES: title}
         old = next((layer for layer in viewer.layers if layer.metadata == key), None)
-        pixels = np.asarray(data[index])
+        lazy = data if isinstance(data, np.ndarray) else da.from_array(data)
+        pixels = lazy[index]
         if isinstance(old, Image) and old.ndim == pixels.ndim:
             old.data = pixels
+            place(old, space)
             continue
         image = Image(
             pixels,

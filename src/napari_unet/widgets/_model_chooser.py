@@ -10,7 +10,7 @@ from qtpy.QtWidgets import QComboBox, QFileDialog, QHBoxLayout, QToolButton, QWi
 
 from napari_unet.models.library import list_models, load_model
 from napari_unet.steps import Progress
-from napari_unet.widgets._dock import while_alive
+from napari_unet.widgets._dock import narrow, while_alive
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ModelChooser(QWidget):
         self._on_change = on_change
         self.loading = ""
         self.loaded = ""  # name or path of the model in the session
-        self._list = QComboBox()
+        self._list = narrow(QComboBox())
         self._list.setToolTip("The network that finds the objects.")
         browse = QToolButton()
         browse.setText("…")

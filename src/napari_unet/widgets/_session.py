@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Session:
-    """The model that Segment, Fine-tune and Batch work with.
+    """The model that Segment, Fine-tune and Batch work with, and who is at work.
 
     Set it on the main thread only: slots run in the thread that sets it.
     """
@@ -30,6 +30,7 @@ class Session:
         warn_on_no_fields=False
     )
     model: Model | None = None
+    is_segmenting: bool = False
 
 
 session = Session()

@@ -56,6 +56,8 @@ class _Run:
     space: dict[str, Any]
     pixel_size: dict[str, float]
     model: Model
+    augment: bool
+    labels: Labels | None
     stale: bool = False
 
     def extends(self, other: _Run | None) -> bool:
@@ -64,8 +66,11 @@ class _Run:
             other is not None
             and not other.stale
             and self.layer() is other.layer()
-            and (self.axes, self.channels) == (other.axes, other.channels)
             and self.model is other.model
+            and all(
+                getattr(self, name) == getattr(other, name)
+                for name in ("axes", "channels", "pixel_size", "augment")
+            )
         )
 
 
@@ -89,10 +94,13 @@ class SegmentWidget(Dock):
         self._viewer = viewer
         self._session = session
         self._worker: GeneratorWorker | None = None
-        self._run: _Run | None = None
-        self._store: ProbabilityStore | None = None
-        self._labels: Labels | None = None
-        self._edited = False
+        self._run: _Run | None = None  # that is shown
+        self._pending: _Run | None = None  # that is computed
+        self._store: ProbabilityStore | None = None  # of the one that is shown
+        self._runs: weakref.WeakKeyDictionary[Image, _Run]
+        self._runs = weakref.WeakKeyDictionary()  # the last one of each image
+        self._edited: weakref.WeakSet[Labels] = weakref.WeakSet()
+        self._again = False
         self._notes: list[str] = []
         self._relabel_timer = QTimer(self)
         self._relabel_timer.setSingleShot(True)
@@ -100,6 +108,7 @@ class SegmentWidget(Dock):
         self._relabel_timer.timeout.connect(self._relabel)
         self._build(_session.recall(NAME))
         session.events.model.connect(self._on_model)
+        session.events.is_segmenting.connect(self._on_busy)
         self.reset_choices()
         if session.model is not None:
             self._on_model(session.model)
@@ -118,7 +127,7 @@ class SegmentWidget(Dock):
         form.addRow("What", self._scope_row(str(remembered.get("scope", "all"))))
         self._job = JobRow(NAME, self._segment, self._cancel)
         self.column.addWidget(self._job)
-        self._objects = ObjectsPanel(self._relabel_timer.start)
+        self._objects = ObjectsPanel(self._on_objects)
         self.column.addWidget(self._objects)
         self.column.addWidget(self._fold(remembered))
         self.column.addStretch(1)
@@ -220,7 +229,7 @@ class SegmentWidget(Dock):
             lines += [f"⚠ {fit}"] if fit else []
             self._objects.set_pixel_size(sizes, model.ndim)
         self._about.setText("\n".join(lines))
-        running = self._worker is not None
+        running = self._session.is_segmenting
         self._job.start.setEnabled(not running and not problem)
         self._job.start.setToolTip(
             "A run is under way." if running else problem or "Find the objects."
@@ -260,7 +269,7 @@ class SegmentWidget(Dock):
             return region
         letters = self._image.axes.replace("S", "")
         index = _layers.current_index(self._viewer, layer)
-        box = _layers.visible_box(layer)
+        box = _layers.visible_box(self._viewer, layer)
         for axis, here, part in zip(letters, index, box, strict=True):
             if axis == "C":
                 continue
@@ -272,7 +281,7 @@ class SegmentWidget(Dock):
 
     def _segment(self) -> None:
         layer, model = self._image.layer, self._session.model
-        if layer is None or model is None or self._worker is not None:
+        if layer is None or model is None or self._session.is_segmenting:
             return
         axes = self._image.axes
         try:
@@ -285,28 +294,40 @@ class SegmentWidget(Dock):
                 _layers.label_space(layer, axes),
                 _layers.pixel_size(layer, axes),
                 model,
+                self._augment.value,
+                None if self._new_layer.value else self._last_labels(layer),
             )
         except UnetError as error:
             show_error(str(error))
             return
         self._remember()
-        if self._new_layer.value or not run.extends(self._run):
-            self._store = None
-            self._labels = None
-        self._run = run
+        adds = run.extends(self._run) and not self._new_layer.value
+        store = self._store if adds else None
+        self._pending = run
         layer.events.data.connect(self._on_data)  # once, however often it is called
         self._relabel_timer.stop()
         image = state.pop("image")
         settings = self._object_settings(model)
-        steps = segment_into_steps(self._store, image, model, settings, **state)
+        steps = segment_into_steps(store, image, model, settings, **state)
         self._start(steps, "Segmenting")
+
+    def _last_labels(self, layer: Image) -> Labels | None:
+        run = self._runs.get(layer)
+        return None if run is None else run.labels
+
+    def _on_objects(self) -> None:
+        # Not restarted by every move: the labels follow while a slider is dragged.
+        if not self._relabel_timer.isActive():
+            self._relabel_timer.start()
 
     def _relabel(self) -> None:
         """Make objects again with other settings, without the network."""
         if self._store is None or self._run is None:
             return
-        if self._worker is not None:
-            self._relabel_timer.start()  # later, when the run has ended
+        if self._session.is_segmenting:
+            self._again = True
+            if self._worker is not None and self._pending is None:
+                self._worker.quit()  # its settings are outdated
             return
         model = self._run.model
         settings = self._object_settings(model)
@@ -316,20 +337,21 @@ class SegmentWidget(Dock):
         self._notes = []
         self._job.set_running(True)
         self._job.status.setText(f"{title} …")
+        self._session.is_segmenting = True
         self._worker = start_worker(
             steps,
             title=title,
             on_progress=self._on_progress,
             on_result=self._show,
             on_error=self._on_error,
-            on_finished=self._on_finished,
+            on_finished=self._release,
         )
-        self._refresh()
 
     def _cancel(self) -> None:
         if self._worker is not None:
             self._worker.quit()
-            self._job.status.setText("Cancelled. The labels are as they were.")
+            there = "" if self._run is None else " The labels are as they were."
+            self._job.status.setText(f"Cancelled.{there}")
 
     @while_alive
     def _on_progress(self, step: Progress) -> None:
@@ -343,32 +365,41 @@ class SegmentWidget(Dock):
     def _on_error(self, message: str) -> None:
         self._job.status.setText(message)
 
+    def _release(self) -> None:
+        self._worker = self._pending = None  # also if the dock has been closed
+        self._session.is_segmenting = False
+
     @while_alive
-    def _on_finished(self) -> None:
-        self._worker = None
-        self._job.set_running(False)
+    def _on_busy(self, is_segmenting: bool) -> None:
+        if not is_segmenting:
+            self._job.set_running(False)
         self._refresh()
+        if self._again and not is_segmenting:
+            self._again = False
+            self._relabel()
 
     @while_alive
     def _show(self, result: Result) -> None:
         """Put the objects into the viewer."""
-        run = self._run
+        run = self._pending or self._run
         assert run is not None
+        self._run = run
         self._store, data, table = result
         words = [f"Done in {self._job.seconds:.1f} s.", *self._notes]
         if run.stale:
             words.append("The image has changed meanwhile: segment it again.")
-        kept = self._labels if self._labels in self._viewer.layers else None
-        if kept is not None and self._edited:
+        kept = run.labels if run.labels in self._viewer.layers else None
+        if kept is not None and kept in self._edited:
             words.append(f"You have painted in {kept.name!r}: it is kept.")
             kept = None
         features = _layers.table_features(table, run.model, run.pixel_size)
         layer = _layers.show_labels(
             self._viewer, kept, data, f"{run.name} objects", run.space, features
         )
-        if layer is not self._labels:
-            layer.events.paint.connect(self._on_paint)
-        self._labels, self._edited = layer, False
+        layer.events.paint.connect(self._on_paint)  # once, however often it is called
+        run.labels = layer
+        if (image := run.layer()) is not None:
+            self._runs[image] = run
         if self._show_probabilities.value:
             _layers.show_probabilities(
                 self._viewer,
@@ -378,18 +409,20 @@ class SegmentWidget(Dock):
                 run.space,
             )
         count = len(table)
-        self._objects.count.setText(f"{count} object{'s' * (count != 1)}")
+        planes = self._store.n_units
+        parts = "" if planes == 1 else f" in {planes} planes"
+        self._objects.count.setText(f"{count} object{'s' * (count != 1)}{parts}")
         self._job.status.setText(" ".join(words))
 
     @while_alive
     def _on_data(self, event: Any) -> None:
-        if self._run is not None and self._run.layer() is event.source:
-            self._run.stale = True
+        for run in (self._run, self._pending):
+            if run is not None and run.layer() is event.source:
+                run.stale = True
 
     @while_alive
     def _on_paint(self, event: Any) -> None:
-        if event.source is self._labels:
-            self._edited = True
+        self._edited.add(event.source)
 
     def _remember(self) -> None:
         objects = _session.recall(NAME).get("objects", {})
