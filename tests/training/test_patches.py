@@ -402,10 +402,16 @@ def test_the_threshold_is_kept_unless_another_is_better():
     passport = tiny().passport
     recommended = ObjectSettings.recommended(passport)
     sure = [predicted(truth, known, labels)]
-    assert result_of(tune_steps(sure, passport, (0.3, 0.7), (0, 1))) == recommended
+    assert (
+        result_of(tune_steps(sure, passport, (0.3, 0.7), (0, 1), (0, 9))) == recommended
+    )
     low = [predicted(0.4 * truth, known, labels)]
-    chosen = result_of(tune_steps(low, passport, (0.3, 0.7), (0, 1)))
+    chosen = result_of(tune_steps(low, passport, (0.3, 0.7), (0, 1), (0,)))
     assert chosen == replace(recommended, threshold=0.3)
+    truth[:, 35, 2::2] = 0.9  # crumbs
+    crumbs = [predicted(truth, known, labels)]
+    chosen = result_of(tune_steps(crumbs, passport, (0.7,), (0,), (0, 9)))
+    assert chosen == replace(recommended, threshold=0.7, minimal_size=9)
 
 
 def test_classes_do_not_match_each_other():

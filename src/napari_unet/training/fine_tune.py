@@ -23,7 +23,7 @@ from napari_unet.training.data import prepare_steps
 from napari_unet.training.loop import Training, is_better, learning_rate
 from napari_unet.training.settings import TrainingSettings, TrainingStep, View
 from napari_unet.training.snapshot import read_snapshot
-from napari_unet.training.validation import THRESHOLDS, score, tune_steps
+from napari_unet.training.validation import THRESHOLDS, score
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -186,7 +186,8 @@ def fine_tune(
     -------
     Model
         Its passport names the parent, the data, the settings and the scores, and
-        recommends the threshold that is best on the held-out part.
+        recommends the threshold, growth and smallest object that are best on the
+        held-out part.
 
     Raises
     ------
@@ -291,8 +292,7 @@ def _finish_steps(
     training.network.load_state_dict(best.weights)
     predicted = yield from training.predict_steps()
     passport = data.model.passport
-    tuning = tune_steps(predicted, passport, THRESHOLDS, (passport.grow, 1))
-    objects = yield from training.beats(tuning, "choosing the threshold")
+    objects = yield from training.tune_steps(predicted, THRESHOLDS, (passport.grow, 1))
     record = TrainingRecord(
         date=datetime.date.today().isoformat(),
         data=_describe(annotations),
@@ -319,6 +319,7 @@ def _finish_steps(
         "name": name or f"{passport.name} (fine-tuned)",
         "threshold": objects.threshold,
         "grow": objects.grow,
+        "minimal_size": objects.minimal_size,
         "border_weights": settings.border_weights,
         "object_diameter": diameter,
         "intensity_range": (low, high),

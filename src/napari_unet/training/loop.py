@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from napari_unet.inference.instances import ObjectSettings
     from napari_unet.steps import Progress
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.data import TrainingData
@@ -153,9 +154,21 @@ class Training:
         """Score the network as it is on the held-out part, with heartbeats."""
         passport = self.data.model.passport
         predicted = yield from self.predict_steps()
-        tuning = tune_steps(predicted, passport, FEW_THRESHOLDS, (passport.grow,))
-        objects = yield from self.beats(tuning, "scoring")
+        grows = (passport.grow,)
+        objects = yield from self.tune_steps(predicted, FEW_THRESHOLDS, grows)
         return score(predicted, passport, objects)
+
+    def tune_steps(
+        self,
+        predicted: Sequence[Predicted],
+        thresholds: Sequence[float],
+        grows: Sequence[int],
+    ) -> Beats[ObjectSettings]:
+        """Choose how objects are made of a prediction, with heartbeats."""
+        passport = self.data.model.passport
+        sizes = (passport.minimal_size, self.data.smallest_object)
+        steps = tune_steps(predicted, passport, thresholds, grows, sizes)
+        return (yield from self.beats(steps, "scoring"))
 
     def predict_steps(self) -> Beats[list[Predicted]]:
         """Predict the held-out part with the network as it is, with heartbeats."""

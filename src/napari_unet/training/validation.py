@@ -246,11 +246,12 @@ def tune_steps(
     passport: Passport,
     thresholds: Sequence[float],
     grows: Sequence[int],
+    sizes: Sequence[int],
 ) -> Generator[None, None, ObjectSettings]:
-    """Choose the threshold, and by how much objects grow.
+    """Choose the threshold, by how much objects grow, and the smallest object.
 
-    Weights of the classes shift the probabilities, and the gaps that are cut for
-    training make objects smaller.
+    Weights of the classes shift the probabilities, the gaps that are cut for training
+    make objects smaller, and the objects may be larger than those of the old model.
 
     Parameters
     ----------
@@ -263,6 +264,8 @@ def tune_steps(
         To try.
     grows : sequence of int
         Pixels, to try.
+    sizes : sequence of int
+        Smallest objects in pixels, to try.
 
     Yields
     ------
@@ -276,7 +279,8 @@ def tune_steps(
     recommended = ObjectSettings.recommended(passport)
     best, merit = recommended, (-1.0, -1.0)
     candidates = [
-        replace(recommended, threshold=threshold, grow=grow)
+        replace(recommended, threshold=threshold, grow=grow, minimal_size=size)
+        for size in dict.fromkeys(sizes)
         for grow in dict.fromkeys(grows)
         for threshold in thresholds
     ]
