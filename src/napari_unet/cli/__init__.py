@@ -1,4 +1,4 @@
-"""The command line: ``napari-unet segment``, ``evaluate`` and ``models``."""
+"""The command line: ``napari-unet segment``, ``train``, ``evaluate``, ``models``."""
 
 from napari_unet.cli.app import main
 
