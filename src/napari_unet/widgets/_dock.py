@@ -115,10 +115,16 @@ class JobRow(QWidget):
     text : str
         On the button.
     on_start, on_cancel : callable
+    on_pause : callable, optional
+        Makes a button between the two.
     """
 
     def __init__(
-        self, text: str, on_start: Callable[[], None], on_cancel: Callable[[], None]
+        self,
+        text: str,
+        on_start: Callable[[], None],
+        on_cancel: Callable[[], None],
+        on_pause: Callable[[], None] | None = None,
     ):
         super().__init__()
         self.start = QPushButton(text)
@@ -128,12 +134,23 @@ class JobRow(QWidget):
         self.start.setFont(font)
         self.cancel = QPushButton("Cancel")
         self.cancel.setMinimumHeight(36)
+        self.pause = QPushButton("Pause")
+        self.pause.setMinimumHeight(36)
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setFixedHeight(8)
         self.status = text_label(lines=2)
         buttons = QHBoxLayout()
         buttons.addWidget(self.start, stretch=3)
+        if on_pause is not None:
+            # Wide enough for its other text, too.
+            width = self.pause.fontMetrics().horizontalAdvance("Resume") + 24
+            self.pause.setMinimumWidth(width)
+            self.pause.clicked.connect(lambda: on_pause())
+            buttons.addWidget(self.pause, stretch=1)
+        else:
+            self.pause.setParent(self)
+            self.pause.hide()
         buttons.addWidget(self.cancel, stretch=1)
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 4, 0, 0)
@@ -144,6 +161,7 @@ class JobRow(QWidget):
         self.start.clicked.connect(lambda: on_start())
         self.cancel.clicked.connect(lambda: on_cancel())
         self._started = 0.0
+        self._held = 0.0  # when the clock was stopped
         self.set_running(False)
 
     def set_running(self, running: bool) -> None:
@@ -152,11 +170,30 @@ class JobRow(QWidget):
         self.cancel.setToolTip(
             "Stop. What was there before stays." if running else "Nothing is running."
         )
+        self.set_paused(False)
+        self.pause.setEnabled(running)
         if running:
-            self._started = time.monotonic()
+            self.restart_clock()
         else:
+            self.pause.setToolTip("Nothing is running.")
             self.bar.setRange(0, 1)
             self.bar.setValue(0)
+
+    def set_paused(self, paused: bool) -> None:
+        """Stop the clock, or let it go on."""
+        if self._held and not paused:
+            self._started += time.monotonic() - self._held
+        self._held = time.monotonic() if paused else 0.0
+        self.pause.setText("Resume" if paused else "Pause")
+        self.pause.setToolTip(
+            "Go on where it stopped."
+            if paused
+            else "Let the computer rest for a while."
+        )
+
+    def restart_clock(self) -> None:
+        """Measure the time left from now on."""
+        self._started = time.monotonic()
 
     def show_progress(self, step: Progress) -> None:
         """Move the bar and say how long it will take."""

@@ -79,10 +79,20 @@ class ImageChooser(QObject):
         """One letter for each axis of the chosen layer, as the user corrected it."""
         return self._axes.text().strip().upper()
 
+    def axes_of(self, layer: Image) -> str:
+        """Return the axes of any image layer, as far as the user corrected them."""
+        return self._axes_by_layer.get(layer) or _layers.guess_axes(layer)
+
     @property
     def channels(self) -> tuple[object, ...]:
         """What was chosen for the model's channels; empty if there is no choice."""
         return self._channels.chosen
+
+    def choose(self, layer: Any) -> None:
+        """Choose an image, as the user does; ignore what is none."""
+        for index in range(self._list.count()):
+            if self._list.itemData(index) is layer:
+                self._list.setCurrentIndex(index)
 
     def engine_input(self) -> tuple[Any, str, list[int] | None]:
         """Return image, axes and channels for the engine; raise `BadInput`."""
@@ -127,10 +137,7 @@ class ImageChooser(QObject):
 
     @while_alive
     def _follow_active(self, event: object = None) -> None:
-        active = self._viewer.layers.selection.active
-        for index in range(self._list.count()):
-            if self._list.itemData(index) is active:
-                self._list.setCurrentIndex(index)
+        self.choose(self._viewer.layers.selection.active)
 
     @while_alive
     def _on_renamed(self, event: object = None) -> None:
@@ -141,7 +148,7 @@ class ImageChooser(QObject):
         layer = self.layer
         axes = ""
         if layer is not None:
-            axes = self._axes_by_layer.get(layer) or _layers.guess_axes(layer)
+            axes = self.axes_of(layer)
         self._axes.setText(axes)
         self._on_change()
 

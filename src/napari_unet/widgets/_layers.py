@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from napari_unet.inference.instances import ObjectTable
     from napari_unet.models.model import Model
 
-PROBABILITIES = "napari-unet probabilities of"  # key in a layer's metadata
+# Keys in the metadata of layers that show what was computed.
+PROBABILITIES = "napari-unet probabilities of"
+WEIGHTS = "napari-unet weight map"
+PREVIEW = "napari-unet preview"
+COMPUTED = {PROBABILITIES, WEIGHTS, PREVIEW}
+
+_image_of: weakref.WeakKeyDictionary[Labels, weakref.ref[Image]]
+_image_of = weakref.WeakKeyDictionary()
 
 
 def image_array(layer: Image) -> Any:
@@ -219,13 +227,61 @@ def show_probabilities(
 
 
 def image_layers(viewer: Viewer) -> list[Image]:
-    """Return the image layers, the topmost first, without our probabilities."""
+    """Return the image layers, the topmost first, without what was computed."""
     layers: list[Layer] = list(reversed(viewer.layers))
     return [
         layer
         for layer in layers
-        if type(layer) is Image and PROBABILITIES not in layer.metadata
+        if type(layer) is Image and not COMPUTED & layer.metadata.keys()
     ]
+
+
+def note_segmentation(labels: Labels, image: Image | None) -> None:
+    """Remember of which image these are the objects; names may change."""
+    if image is not None:
+        _image_of[labels] = weakref.ref(image)
+
+
+def find_segmentation(viewer: Viewer, image: Image) -> Labels | None:
+    """Return the newest layer of objects that was found in an image."""
+    for labels, source in reversed(list(_image_of.items())):
+        if source() is image and labels in viewer.layers:
+            return labels
+    return None
+
+
+def looked_at(
+    viewer: Viewer, layer: Image, axes: str, ndim: int, largest: int = 0
+) -> dict[str, slice]:
+    """Return the plane or volume that the sliders stand on, by axis letter.
+
+    Parameters
+    ----------
+    viewer : Viewer
+        Whose sliders.
+    layer : Image
+        In which image.
+    axes : str
+        Of the layer.
+    ndim : int
+        Axes that the network sees: 2 for planes, 3 for volumes.
+    largest : int
+        Of more pixels than that only what the canvas shows; 0 for no limit.
+    """
+    letters = axes.replace("S", "")
+    seen = "ZYX"[-ndim:]
+    shape = dict(zip(letters, image_array(layer).shape, strict=False))
+    pixels = 1
+    for axis in seen:
+        pixels *= shape[axis]
+    region: dict[str, slice] = {}
+    index, box = current_index(viewer, layer), visible_box(viewer, layer)
+    for axis, here, part in zip(letters, index, box, strict=True):
+        if axis != "C" and axis not in seen:
+            region[axis] = slice(here, here + 1)
+        elif axis in seen and largest and pixels > largest:
+            region[axis] = part
+    return region
 
 
 def table_features(

@@ -20,10 +20,27 @@ if TYPE_CHECKING:
     from napari_unet.widgets._session import Session
 
 
+NEW_NETWORKS = {"new network, 2D": 2, "new network, 3D": 3}
+
+
+class _List(QComboBox):
+    """Says when it is opened."""
+
+    def __init__(self, before_popup: Callable[[], None]):
+        super().__init__()
+        self._before_popup = before_popup
+
+    def showPopup(self) -> None:
+        """Open the list, which may have grown meanwhile."""
+        self._before_popup()
+        super().showPopup()
+
+
 class ModelChooser(QWidget):
     """A list of models with a button "Open checkpoint…"; loads in a thread.
 
-    A model that cannot be loaded leaves the one before in place.
+    A model that cannot be loaded leaves the one before in place. The list follows
+    the session, whichever dock changes that.
 
     Parameters
     ----------
@@ -33,15 +50,24 @@ class ModelChooser(QWidget):
         Name or path of the model to begin with.
     on_change : callable
         Called when loading begins and ends.
+    offer_new : bool
+        Whether an untrained network can be chosen, too. It is not loaded.
     """
 
-    def __init__(self, session: Session, wanted: str, on_change: Callable[[], None]):
+    def __init__(
+        self,
+        session: Session,
+        wanted: str,
+        on_change: Callable[[], None],
+        *,
+        offer_new: bool = False,
+    ):
         super().__init__()
         self._session = session
         self._on_change = on_change
         self.loading = ""
         self.loaded = ""  # name or path of the model in the session
-        self._list = narrow(QComboBox())
+        self._list = narrow(_List(self._refill))
         self._list.setToolTip("The network that finds the objects.")
         browse = QToolButton()
         browse.setText("…")
@@ -50,11 +76,11 @@ class ModelChooser(QWidget):
         row.setContentsMargins(0, 0, 0, 0)
         row.addWidget(self._list, stretch=1)
         row.addWidget(browse)
-        for name, path in list_models().items():
-            self._add(name, name, str(path))
-        if self._list.findData(wanted) < 0 and Path(wanted).is_file():
-            self._add(Path(wanted).stem, wanted, wanted)
-        self._list.setCurrentIndex(max(self._list.findData(wanted), 0))
+        self._files: list[str] = []  # outside of the library
+        self._offer_new = offer_new
+        self._fill(session.source or wanted)
+        self.loaded = session.source
+        session.events.model.connect(self._on_session)
         self._list.activated.connect(lambda _: self._load())
         browse.clicked.connect(self._browse)
 
@@ -68,12 +94,46 @@ class ModelChooser(QWidget):
         """Name or path of the chosen model, "" if there is none at all."""
         return str(self._list.currentData() or "")
 
+    @property
+    def new_ndim(self) -> int:
+        """2 or 3 if a new network is chosen, else 0."""
+        return 0 if self.chosen else NEW_NETWORKS.get(self._list.currentText(), 0)
+
     def open_checkpoint(self, path: str) -> None:
         """Choose the model of a file, as "Open checkpoint…" does."""
         if self._list.findData(path) < 0:
-            self._add(Path(path).stem, path, path)
-        self._list.setCurrentIndex(self._list.findData(path))
+            self._files.append(path)
+        self._fill(path)
         self._load()
+
+    def _fill(self, wanted: str) -> None:
+        """List the library, the files that were opened, and what is wanted."""
+        models = list_models()
+        if wanted not in [*models, *self._files] and Path(wanted).is_file():
+            self._files.append(wanted)
+        self._list.clear()
+        for name, path in models.items():
+            self._add(name, name, str(path))
+        for file in self._files:
+            self._add(Path(file).stem, file, file)
+        for text in NEW_NETWORKS if self._offer_new else ():
+            self._add(
+                text, "", "Learns from nothing but your annotations; takes longer."
+            )
+        self._list.setCurrentIndex(max(self._list.findData(wanted), 0))
+
+    def _refill(self) -> None:
+        """List the library as it is now; what is chosen stays."""
+        text = self._list.currentText()
+        self._fill(self.chosen)
+        if not self.chosen:
+            self._list.setCurrentText(text)
+
+    @while_alive
+    def _on_session(self, model: Model) -> None:
+        if self._session.source:
+            self.loaded = self._session.source
+            self._fill(self.loaded)
 
     def _add(self, text: str, key: str, tooltip: str) -> None:
         self._list.addItem(text, key)
@@ -89,7 +149,10 @@ class ModelChooser(QWidget):
 
     def _load(self) -> None:
         # Another choice while one is loading is taken up when that has ended.
-        if self.loading or not self.chosen:
+        if self.loading:
+            return
+        if not self.chosen:
+            self._on_change()
             return
         self.loading = self.chosen
 
@@ -109,13 +172,17 @@ class ModelChooser(QWidget):
 
     @while_alive
     def _on_loaded(self, model: Model) -> None:
-        self.loaded = self.loading
+        self._session.source = self.loaded = self.loading
         self._session.model = model
 
     @while_alive
     def _on_failed(self, message: str) -> None:
-        if self.chosen == self.loading:
-            self._list.setCurrentIndex(self._list.findData(self.loaded))
+        if self.loading in self._files:
+            self._files.remove(self.loading)
+        wanted = self.loaded if self.chosen == self.loading else self.chosen
+        self._fill(wanted)
+        if not wanted:  # the model in the session has no name here
+            self._list.setCurrentIndex(-1)
 
     @while_alive
     def _on_finished(self) -> None:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class Session:
     """The model that Segment, Fine-tune and Batch work with, and who is at work.
 
-    Set it on the main thread only: slots run in the thread that sets it.
+    Set it on the main thread only: slots run in the thread that sets it. `source` is
+    the name or path it was loaded from, if any; set it before the model.
     """
 
     events: ClassVar[SignalGroupDescriptor] = SignalGroupDescriptor(
         warn_on_no_fields=False
     )
     model: Model | None = None
+    source: str = ""
     is_segmenting: bool = False
 
 

@@ -400,6 +400,7 @@ class SegmentWidget(Dock):
         run.labels = layer
         if (image := run.layer()) is not None:
             self._runs[image] = run
+            _layers.note_segmentation(layer, image)
         if self._show_probabilities.value:
             _layers.show_probabilities(
                 self._viewer,
