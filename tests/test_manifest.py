@@ -72,7 +72,7 @@ def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 EXPECTED = {
-    "widgets": ["Segment"],
+    "widgets": ["Segment", "Fine-tune"],
     "menus": ["napari/layers/segment"],
     "samples": ["nuclei", "timelapse", "membrane", "nuclei3d"],
     "layers": ["image", "labels"],
@@ -131,5 +131,5 @@ def test_no_qt_binding_is_required():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = " ".join(project["dependencies"]).lower()
-    for binding in ("pyqt", "pyside", "napari["):
+    for binding in ("pyqt5", "pyqt6", "pyside", "napari["):
         assert binding not in required
