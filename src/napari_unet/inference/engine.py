@@ -20,8 +20,8 @@ from napari_unet.inference.backends import (
     choose_device,
     is_out_of_memory,
 )
-from napari_unet.inference.resample import Resampling, resample
-from napari_unet.inference.source import Source, open_source, read_mirrored
+from napari_unet.inference.grid import Grid
+from napari_unet.inference.source import Source, open_source
 from napari_unet.inference.tiling import (
     Tile,
     blending_window,
@@ -101,30 +101,15 @@ class Predictor:
         self._scaling: Scaling | None = None
         self._non_finite = 0
         self._tiles_were_split = False
-        self._set_grid(dict(pixel_size or {}))
+        factors = model.rescaling(dict(pixel_size or {}))
+        if factors:
+            fit = model.describe_fit(dict(pixel_size or {}))
+            self.notes.append(fit.capitalize() + ".")
+        self._grid = Grid.over(self.source.spatial_shape, factors)
+        self._wanted = [self.region[axis] for axis in self.source.spatial]
+        self._grid_region = self._grid.region(self._wanted)
         self._set_tiles(tile_shape)
         self._pool = ThreadPoolExecutor(2, "napari-unet")
-
-    def _set_grid(self, pixel_size: dict[str, float]) -> None:
-        """Lay the model's pixel grid over the image's."""
-        sizes = self.source.spatial_shape
-        factors = self.model.rescaling(pixel_size)
-        self._to_model: list[Resampling] | None = None
-        self._grid_shape = sizes
-        wanted = [self.region[axis] for axis in self.source.spatial]
-        if factors:
-            self.notes.append(self.model.describe_fit(pixel_size).capitalize() + ".")
-            self._grid_shape = tuple(
-                max(1, round(n * f)) for n, f in zip(sizes, factors, strict=True)
-            )
-            pairs = list(zip(sizes, self._grid_shape, strict=True))
-            self._to_model = [Resampling(n, m) for n, m in pairs]
-            self._from_model = [Resampling(m, n) for n, m in pairs]
-            wanted = [
-                slice(*axis.reach(part.start, part.stop))
-                for axis, part in zip(self._from_model, wanted, strict=True)
-            ]
-        self._grid_region = wanted
 
     def _set_tiles(self, tile_shape: Sequence[int] | None) -> None:
         shape = [part.stop - part.start for part in self._grid_region]
@@ -205,8 +190,8 @@ class Predictor:
         reading = self._pool.submit(self._open_unit, unit)
         source, scaling = yield from self._heartbeats(reading, index, 0)
         probabilities = yield from self._tile_steps(source, scaling, unit, index)
-        if self._to_model:
-            working = self._pool.submit(self._resample_back, probabilities)
+        if self._grid.rescales:
+            working = self._pool.submit(self._grid.back, probabilities, self._wanted)
             done = len(self._tiles)
             probabilities = yield from self._heartbeats(working, index, done)
         if source.image.dtype.kind == "f":
@@ -269,7 +254,7 @@ class Predictor:
             if weight is None:
                 result[(slice(None), *box)] = probabilities
             else:
-                window = blending_window(kept, tile, self._grid_shape)
+                window = blending_window(kept, tile, self._grid.shape)
                 result[(slice(None), *box)] += window * probabilities
                 weight[box] += window
             yield self._progress(index, done + 1)
@@ -281,24 +266,9 @@ class Predictor:
         self, source: Source, scaling: Scaling, unit: Mapping[str, int], tile: Tile
     ) -> tuple[Tile, NDArray[np.float32]]:
         """Read and predict one tile; with it return the box that is kept of it."""
-        kept = tile
-        if any(self._overlap):
-            kept = Tile(
-                tuple(
-                    max(a - n, part.start)
-                    for a, n, part in zip(
-                        tile.start, self._overlap, self._grid_region, strict=True
-                    )
-                ),
-                tuple(
-                    min(b + n, part.stop)
-                    for b, n, part in zip(
-                        tile.stop, self._overlap, self._grid_region, strict=True
-                    )
-                ),
-            )
+        kept = tile.grown(self._overlap, self._grid_region)
         start, stop, offset = input_box(kept, self.field, symmetric=self._augment)
-        pixels = self._read(source, scaling, unit, start, stop)
+        pixels = self._grid.read(source, scaling, unit, start, stop)
         if self._augment:
             turns = [_turned(self._backend, pixels, k, flip) for k, flip in EIGHT]
             probabilities = np.mean(turns, axis=0)
@@ -307,42 +277,12 @@ class Predictor:
         box = tuple(slice(o, o + n) for o, n in zip(offset, kept.shape, strict=True))
         return kept, probabilities[(slice(None), *box)]
 
-    def _read(
-        self,
-        source: Source,
-        scaling: Scaling,
-        unit: Mapping[str, int],
-        start: Sequence[int],
-        stop: Sequence[int],
-    ) -> NDArray[np.float32]:
-        """Read a normalised box of the model's grid."""
-        grid = self._to_model
-        if grid is None:
-            return scaling.apply(source.read_mirrored(unit, start, stop))
-
-        def read(low: Sequence[int], high: Sequence[int]) -> NDArray[np.float32]:
-            reach = [g.reach(a, b) for g, a, b in zip(grid, low, high, strict=True)]
-            pixels = source.read(unit, [a for a, _ in reach], [b for _, b in reach])
-            return resample(scaling.apply(pixels), grid, low, high)
-
-        return read_mirrored(read, self._grid_shape, start, stop)
-
-    def _resample_back(self, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-        wanted = [self.region[axis] for axis in self.source.spatial]
-        return resample(
-            probabilities,
-            self._from_model,
-            [part.start for part in wanted],
-            [part.stop for part in wanted],
-        )
-
     def _clear_non_finite(
         self, source: Source, unit: Mapping[str, int], probabilities: NDArray
     ) -> None:
         """Make pixels background where any channel is NaN or infinite."""
-        wanted = [self.region[axis] for axis in source.spatial]
-        start = [part.start for part in wanted]
-        stop = [part.stop for part in wanted]
+        start = [part.start for part in self._wanted]
+        stop = [part.stop for part in self._wanted]
         rows = max(1, (1 << 24) // math.prod(probabilities.shape[2:]))
         for first in range(start[0], stop[0], rows):
             last = min(first + rows, stop[0])

@@ -34,6 +34,16 @@ class Tile:
         """Sides in pixels."""
         return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
 
+    def grown(self, overlap: Sequence[int], region: Sequence[slice]) -> Tile:
+        """Extend every side by the overlap, but not out of a region."""
+        limits = list(zip(overlap, region, strict=True))
+        starts = zip(self.start, limits, strict=True)
+        stops = zip(self.stop, limits, strict=True)
+        return Tile(
+            tuple(max(a - n, part.start) for a, (n, part) in starts),
+            tuple(min(b + n, part.stop) for b, (n, part) in stops),
+        )
+
     def halved(self, alignment: int) -> tuple[Tile, Tile] | None:
         """Split along the longest side, on the grid; None if it is too small."""
         axis = int(np.argmax(self.shape))
