@@ -319,6 +319,8 @@ class UNet(nn.Module):
 
     def _initialise(self) -> None:
         """Draw weights as in the paper, section 3: std sqrt(2 / incoming nodes)."""
+        if self.head.weight.is_meta:
+            return  # to be loaded; and torch imports its compiler to draw nothing
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

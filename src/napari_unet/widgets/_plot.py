@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from napari_unet.training.settings import TrainingStep
 
+# At exit napari and Qt tidy up themselves; a second hand touches what is gone.
+pg.setConfigOptions(exitCleanup=False)
+
 _HEIGHT = 110
 _REDRAW = 250  # ms: many steps are drawn at once
 _SMOOTH = 0.9  # weight of the past in the smoothed loss
