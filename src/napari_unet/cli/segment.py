@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import closing
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from napari_unet.cli.jobs import (
     plan,
     segment_file_steps,
 )
+from napari_unet.cli.progress import follow
 from napari_unet.errors import BadInput, OutOfMemory, Partial
 
 if TYPE_CHECKING:
@@ -196,24 +196,13 @@ class _Console:
 
     def follow(self, steps: Generator[Progress, None, str], title: str) -> str:
         """Run a computation to its end behind a progress bar."""
-        from tqdm import tqdm
-
-        off = True if self._quiet else None  # None: off unless in a terminal
-        with (
-            closing(steps),
-            tqdm(
-                desc=title, unit=" tiles", file=sys.stderr, leave=False, disable=off
-            ) as bar,
-        ):
-            while True:
-                try:
-                    progress = next(steps)
-                except StopIteration as stop:
-                    found: str = stop.value
-                    return found
-                self.note(progress.note)
-                bar.total, bar.n = progress.total, progress.done
-                bar.refresh()
+        return follow(
+            steps,
+            title,
+            unit="tiles",
+            quiet=self._quiet,
+            on_step=lambda step, bar: self.note(step.note),
+        )
 
 
 def segment(

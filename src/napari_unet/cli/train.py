@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import time
-from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ import typer
 
 from napari_unet.cli.jobs import duration, one_line
 from napari_unet.cli.pairs import pair_by_name, read_labels
+from napari_unet.cli.progress import follow
 from napari_unet.errors import BadInput, BadOutput
 
 if TYPE_CHECKING:
@@ -238,26 +238,14 @@ def _follow(
     """Run the training to its end behind a progress bar; tell its scores."""
     from tqdm import tqdm
 
-    off = True if quiet else None  # None: off unless in a terminal
-    with (
-        closing(steps),
-        tqdm(
-            desc=title, unit=" steps", file=sys.stderr, leave=False, disable=off
-        ) as bar,
-    ):
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                model: Model = stop.value
-                return model
-            for line in _lines(step):
-                if not quiet:
-                    tqdm.write(one_line(line), file=sys.stderr)
-            bar.total, bar.n = step.total, step.done
-            if step.loss is not None:
-                bar.set_postfix_str(f"loss {step.loss:.3f}", refresh=False)
-            bar.refresh()
+    def tell(step: TrainingStep, bar: Any) -> None:
+        for line in _lines(step):
+            if not quiet:
+                tqdm.write(one_line(line), file=sys.stderr)
+        if step.loss is not None:
+            bar.set_postfix_str(f"loss {step.loss:.3f}", refresh=False)
+
+    return follow(steps, title, unit="steps", quiet=quiet, on_step=tell)
 
 
 def _lines(step: TrainingStep) -> Iterator[str]:

@@ -303,13 +303,11 @@ class Predictor:
             halves = tile.halved(self.field.alignment)
             if halves:
                 longest = max(tile.shape)
-                rest = [tile, *waiting]
+                rest = self._halve([tile, *waiting], longest)
                 waiting.clear()
-                for old in rest:
-                    both = old.halved(self.field.alignment)
-                    small = max(old.shape) < longest
-                    waiting.extend([old] if small or both is None else both)
-                self._tiles = list(self._all_split(longest))
+                waiting.extend(rest)
+                # The units to come are cut in the same way.
+                self._tiles = self._halve(self._tiles, longest)
                 said, self._tiles_were_split = self._tiles_were_split, True
                 note = f"Memory ran out on {device}; going on with smaller tiles."
                 return "" if said else note
@@ -322,14 +320,14 @@ class Predictor:
         self._backend = Backend(self.model.network, "cpu", self._precision)
         return f"Memory ran out on {device}; going on on the CPU, which is slower."
 
-    def _all_split(self, longest: int) -> Generator[Tile, None, None]:
-        """Split the tiles of the units to come in the same way."""
-        for tile in self._tiles:
-            both = tile.halved(self.field.alignment)
-            if max(tile.shape) < longest or both is None:
-                yield tile
-            else:
-                yield from both
+    def _halve(self, tiles: Sequence[Tile], longest: int) -> list[Tile]:
+        """Halve those tiles that are as long as the one that was too large."""
+        halved: list[Tile] = []
+        for tile in tiles:
+            is_small = max(tile.shape) < longest
+            both = None if is_small else tile.halved(self.field.alignment)
+            halved.extend([tile] if both is None else both)
+        return halved
 
     def _heartbeats(
         self, future: Future[Any], index: int, done: int

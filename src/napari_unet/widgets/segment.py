@@ -264,20 +264,12 @@ class SegmentWidget(Dock):
     def _region(self, layer: Image, model: Model) -> dict[str, slice]:
         """Read off the sliders and the canvas what is to be segmented."""
         scope = self._chosen_scope
-        region: dict[str, slice] = {}
         if scope == "all":
-            return region
-        letters = self._image.axes.replace("S", "")
-        index = _layers.current_index(self._viewer, layer)
-        box = _layers.visible_box(self._viewer, layer)
-        for axis, here, part in zip(letters, index, box, strict=True):
-            if axis == "C":
-                continue
-            if axis not in "ZYX"[-model.ndim :]:
-                region[axis] = slice(here, here + 1)
-            elif scope == "view":
-                region[axis] = part
-        return region
+            return {}
+        largest = 1 if scope == "view" else 0
+        return _layers.looked_at(
+            self._viewer, layer, self._image.axes, model.ndim, largest
+        )
 
     def _segment(self) -> None:
         layer, model = self._image.layer, self._session.model
