@@ -1,0 +1,37 @@
+"""The benchmark of the weight map compares what it says, in small."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "weight_map.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("weight_map_benchmark", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (16, 40, 40)])
+def test_its_objects_touch_but_for_the_gap(benchmark, shape):
+    labels = benchmark.tessellation(shape, 12)
+    assert len(np.unique(labels)) == 13
+    assert 0.1 < np.mean(labels == 0) < 0.6
+    first, second = benchmark.two_smallest(labels, np.arange(1, 13))
+    gap = (labels == 0) & (first + second <= 2 * np.sqrt(len(shape)))
+    assert gap.sum() > np.mean(labels == 0) * labels.size / 10
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(300, 280), (20, 40, 40)])
+def test_both_give_the_same_weights(benchmark, shape, full):
+    rows = benchmark.compare(shape, 50 if shape[0] > 100 else 12, full=full)
+    assert [row[0] for row in rows] == ["paper", "falk"]
+    for _, ours, peer, difference in rows:
+        assert min(ours, peer) > 0
+        assert difference < 1e-4
