@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napari_unet.errors import BadOutput
-from napari_unet.files import outputs
+from napari_unet.files import stack, write_tiff
 from napari_unet.files.images import read_image
 from napari_unet.files.outputs import write_labels, write_probabilities
 
@@ -183,9 +183,9 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
 def test_large_files(tmp_path, monkeypatch):
     """Beyond 4 GB: BigTIFF; planes of slide scanners: tiles. With smaller limits."""
     labels = np.random.default_rng(0).integers(0, 9, (2, 700, 600))
-    monkeypatch.setattr(outputs, "CLASSIC_BYTES", 10**6)
+    monkeypatch.setattr(write_tiff, "CLASSIC_BYTES", 10**6)
     write_labels(tmp_path / "big.tif", labels, axes="ZYX", pixel_size=SIZE)
-    monkeypatch.setattr(outputs, "TILED_PIXELS", 10**5)
+    monkeypatch.setattr(stack, "TILED_PIXELS", 10**5)
     write_labels(tmp_path / "tiled.tif", labels, axes="ZYX", pixel_size=SIZE)
     for name, tiled in [("big.tif", False), ("tiled.tif", True)]:
         with tifffile.TiffFile(tmp_path / name) as tiff:
@@ -195,14 +195,14 @@ def test_large_files(tmp_path, monkeypatch):
         assert np.array_equal(image.data, labels)
         assert image.pixel_size == SIZE
         assert image.axes == "ZYX"
-    assert outputs.TILE[0] % 16 == 0
+    assert write_tiff.TILE[0] % 16 == 0
 
 
 def test_strips_are_small_enough_to_read_a_part(tmp_path):
     labels = np.zeros((2000, 1000), int)
     write_labels(tmp_path / "a.tif", labels, axes="YX", pixel_size={})
     with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
-        assert tiff.pages.first.rowsperstrip * 2000 <= outputs.STRIP_BYTES
+        assert tiff.pages.first.rowsperstrip * 2000 <= write_tiff.STRIP_BYTES
         assert len(tiff.pages.first.dataoffsets) == 16
 
 

@@ -1,41 +1,33 @@
-"""Writing label and probability files that Fiji and napari read with their axes."""
+"""Writing label and probability files that Fiji and napari read with their axes.
+
+The pixels may lie in memory or in a file; they are read plane by plane, twice: to
+find out which numbers there are, and to write them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 
 from napari_unet.errors import BadOutput
 from napari_unet.files.atomic import atomic_path
+from napari_unet.files.stack import STACK_AXES, Stack
+from napari_unet.files.write_tiff import is_ome, ome_metadata, write_tiff
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-# Order in which ImageJ stores a hyperstack; OME-TIFF is written in it, too.
-STACK_AXES = "TZCYX"
-IMAGEJ_AXES = "TZCYXS"
-
-# Classic TIFF has 32-bit addresses; the margin is for headers and metadata.
-CLASSIC_BYTES = 2**32 - 2**25
-# Larger planes are tiled, so that a viewer can read a part of one.
-TILED_PIXELS = 2**26
-TILE = (512, 512)
-STRIP_BYTES = 2**18
-
-SOFTWARE = "napari-unet"
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 def write_labels(
     path: str | os.PathLike[str],
-    labels: NDArray[Any],
+    labels: Any,
     *,
     axes: str,
     pixel_size: Mapping[str, float],
@@ -50,8 +42,9 @@ def write_labels(
         The file to make. A name that ends in ``.ome.tif`` gets OME metadata; any
         other gets ImageJ's, which Fiji opens without Bio-Formats, or OME where
         ImageJ's do not suffice (uint32, or more than 4 GB).
-    labels : numpy.ndarray
-        Whole numbers from 0, which is the background.
+    labels : array
+        Whole numbers from 0, which is the background. Of numpy, zarr or whatever
+        has a shape, a dtype and numpy's slicing: it is read plane by plane.
     axes : str
         One letter for each dimension out of ``"TZCYX"``.
     pixel_size : mapping
@@ -74,27 +67,31 @@ def write_labels(
         there is then no new file.
     """
     path = Path(path)
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "bui":
+    stack = _stack(path, labels, axes)
+    kind = np.dtype(labels.dtype).kind
+    if kind not in "bui":
         raise BadOutput(
             f"Cannot write {path}: labels are whole numbers, not {labels.dtype}."
         )
-    smallest = int(labels.min(initial=0))
-    largest = int(labels.max(initial=0))
-    if smallest < 0 or largest > np.iinfo(np.uint32).max:
+    names = {"Description": description} if description else {}
+    found = _scan(stack, np.dtype(np.uint32), pixel_size, names)
+    if found.smallest < 0 or found.largest > np.iinfo(np.uint32).max:
         raise BadOutput(
             f"Cannot write {path}: a label file holds numbers from 0 to "
-            f"{np.iinfo(np.uint32).max}, and these run from {smallest} to {largest}; "
-            "number the objects anew from 1."
+            f"{np.iinfo(np.uint32).max}, and these run from {found.smallest} to "
+            f"{found.largest}; number the objects anew from 1."
         )
-    dtype = np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
-    names = {"Description": description} if description else {}
-    return _write(path, labels, dtype, axes, pixel_size, names, overwrite)
+    fits = found.largest <= np.iinfo(np.uint16).max
+    dtype = np.dtype(np.uint16 if fits else np.uint32)
+    identity = found.identity if is_ome(path, stack, dtype, pixel_size) else None
+    with _new_file(path, overwrite) as part:
+        write_tiff(part, stack, dtype, pixel_size, names, identity)
+    return path
 
 
 def write_probabilities(
     path: str | os.PathLike[str],
-    probabilities: NDArray[Any],
+    probabilities: Any,
     *,
     axes: str,
     pixel_size: Mapping[str, float],
@@ -107,8 +104,8 @@ def write_probabilities(
     ----------
     path : path-like
         The file to make, as for :func:`write_labels`.
-    probabilities : numpy.ndarray
-        One of the axes enumerates the classes.
+    probabilities : array
+        One of the axes enumerates the classes. Read plane by plane, as labels are.
     axes : str
         One letter for each dimension out of ``"TZCYX"``; C are the classes.
     pixel_size : mapping
@@ -129,70 +126,26 @@ def write_probabilities(
         When the file exists or writing fails; there is then no new file.
     """
     path = Path(path)
-    probabilities = np.asarray(probabilities)
-    classes = 1
-    if len(axes) == probabilities.ndim and "C" in axes:
-        classes = probabilities.shape[axes.index("C")]
+    stack = _stack(path, probabilities, axes)
+    classes = stack.shape[STACK_AXES.index("C")]
     if len(class_names) != classes:
         raise BadOutput(
             f"Cannot write {path}: there are {classes} classes along C and "
             f"{len(class_names)} names for them."
         )
-    channels = {"Channel": {"Name": list(class_names)}}
-    return _write(
-        path, probabilities, np.float32, axes, pixel_size, channels, overwrite
-    )
-
-
-def _write(
-    path: Path,
-    data: NDArray[Any],
-    dtype: type[np.generic],
-    axes: str,
-    pixel_size: Mapping[str, float],
-    metadata: dict[str, Any],
-    overwrite: bool,
-) -> Path:
-    _check_axes(path, data.shape, axes)
-    order = sorted(range(data.ndim), key=lambda i: STACK_AXES.index(axes[i]))
-    axes = "".join(axes[i] for i in order)
-    data = np.ascontiguousarray(data.transpose(order), dtype)
-    options = _layout(data)
-    bigtiff = data.nbytes > CLASSIC_BYTES
-    as_ome = bool(
-        path.name.lower().endswith((".ome.tif", ".ome.tiff"))
-        or bigtiff
-        or "tile" in options
-        or data.dtype == np.uint32
-        # ImageJ's calibration always has X and Y.
-        or (pixel_size and not {"X", "Y"} <= set(pixel_size))
-    )
-    describe = _ome_metadata if as_ome else _imagej_metadata
-    options |= describe(data, axes, pixel_size, metadata)
-    if not as_ome:
-        # With fewer axes tifffile takes an X of length 1 for the samples.
-        lengths = dict(zip(axes, data.shape, strict=True))
-        data = data.reshape([lengths.get(axis, 1) for axis in IMAGEJ_AXES])
-    with atomic_path(path) as part:
-        # Checked here, last, so that the time for another program to make the
-        # file is short; the block also says why when the folder is missing.
-        if not overwrite and os.path.lexists(path):
-            raise BadOutput(
-                f"{path} exists already; use --overwrite to replace it, or choose "
-                "another name."
-            )
-        # Opened here: tifffile does not close its file when the header fails.
-        with (
-            open(part, "wb") as file,
-            tifffile.TiffWriter(
-                file, bigtiff=bigtiff, ome=as_ome, imagej=not as_ome, byteorder="<"
-            ) as writer,
-        ):
-            writer.write(data, **options)
+    names = {"Channel": {"Name": list(class_names)}}
+    dtype = np.dtype(np.float32)
+    identity = None
+    if is_ome(path, stack, dtype, pixel_size):
+        identity = _scan(stack, dtype, pixel_size, names).identity
+    with _new_file(path, overwrite) as part:
+        write_tiff(part, stack, dtype, pixel_size, names, identity)
     return path
 
 
-def _check_axes(path: Path, shape: tuple[int, ...], axes: str) -> None:
+def _stack(path: Path, data: Any, axes: str) -> Stack:
+    """Check that the axes describe the array."""
+    shape = tuple(data.shape)
     if (
         len(axes) != len(shape)
         or set(axes) - set(STACK_AXES)
@@ -206,61 +159,51 @@ def _check_axes(path: Path, shape: tuple[int, ...], axes: str) -> None:
         )
     if 0 in shape:
         raise BadOutput(f"Cannot write {path}: there are no pixels to write.")
+    return Stack(data, axes)
 
 
-def _layout(data: NDArray[Any]) -> dict[str, Any]:
-    """Choose strips, which ImageJ needs, or tiles for planes of a slide scanner."""
-    height, width = data.shape[-2:]
-    layout: dict[str, Any] = {
-        "photometric": "minisblack",
-        "compression": "zlib",
-        # Neighbouring labels are equal or unrelated: differences compress worse.
-        "predictor": False,
-        "software": SOFTWARE,
-    }
-    if height * width > TILED_PIXELS:
-        return {**layout, "tile": TILE}
-    rows = max(1, STRIP_BYTES // (width * data.itemsize))
-    return {**layout, "rowsperstrip": min(rows, height)}
+@dataclass(frozen=True)
+class _Contents:
+    """What one pass over the pixels finds out."""
+
+    smallest: int
+    largest: int
+    identity: uuid.UUID
 
 
-def _imagej_metadata(
-    data: NDArray[Any],
-    axes: str,
+def _scan(
+    stack: Stack,
+    dtype: np.dtype[Any],
     pixel_size: Mapping[str, float],
-    metadata: dict[str, Any],
-) -> dict[str, Any]:
-    described: dict[str, Any] = {"axes": IMAGEJ_AXES}
-    if "Description" in metadata:
-        described["Info"] = metadata["Description"]
-    if "Channel" in metadata:
-        # ImageJ labels planes, not channels.
-        lengths = dict(zip(axes, data.shape, strict=True))
-        planes = lengths.get("T", 1) * lengths.get("Z", 1)
-        described["Labels"] = metadata["Channel"]["Name"] * planes
-    options: dict[str, Any] = {"metadata": described}
-    if not pixel_size:
-        return options
-    described["unit"] = "micron"
-    options["resolution"] = (1 / pixel_size["X"], 1 / pixel_size["Y"])
-    if "Z" in pixel_size:
-        described["spacing"] = pixel_size["Z"]
-    return options
+    names: dict[str, Any],
+) -> _Contents:
+    """Find the range of the pixels, and an identity that depends on contents only.
+
+    The identity is a hash of axes, names, pixel size and pixels as ``dtype``: the
+    same result has the same one, wherever its pixels were kept and whenever it is
+    written.
+    """
+    described = sorted(ome_metadata(stack, pixel_size, names).items())
+    digest = hashlib.sha256(repr((stack.stored_shape, described)).encode())
+    smallest = largest = 0
+    for block in stack.blocks():
+        if block.dtype.kind in "bui":
+            smallest = min(smallest, int(block.min()))
+            largest = max(largest, int(block.max()))
+        digest.update(np.ascontiguousarray(block, dtype.newbyteorder("<")).data)
+    identity = uuid.UUID(bytes=digest.digest()[:16], version=4)
+    return _Contents(smallest, largest, identity)
 
 
-def _ome_metadata(
-    data: NDArray[Any],
-    axes: str,
-    pixel_size: Mapping[str, float],
-    metadata: dict[str, Any],
-) -> dict[str, Any]:
-    described = {"axes": axes, "Creator": SOFTWARE, **metadata}
-    for letter in "ZYX":
-        if letter in pixel_size:
-            described[f"PhysicalSize{letter}"] = pixel_size[letter]
-            described[f"PhysicalSize{letter}Unit"] = "µm"
-    # tifffile would draw a UUID by time: the same result would differ every time.
-    digest = hashlib.sha256(repr((data.shape, sorted(described.items()))).encode())
-    digest.update(data.data)
-    described["UUID"] = str(uuid.UUID(bytes=digest.digest()[:16], version=4))
-    return {"metadata": described}
+@contextmanager
+def _new_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Make a file atomically, unless there is one that must not be replaced."""
+    with atomic_path(path) as part:
+        # Checked here, last, so that the time for another program to make the
+        # file is short; the block also says why when the folder is missing.
+        if not overwrite and os.path.lexists(path):
+            raise BadOutput(
+                f"{path} exists already; use --overwrite to replace it, or choose "
+                "another name."
+            )
+        yield part
