@@ -1,5 +1,6 @@
 """Generators that the tests of `in_child` run in other processes."""
 
+import atexit
 import ctypes
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from napari_unet import errors
+from napari_unet.files.atomic import atomic_path
 from napari_unet.steps import Progress
 
 
@@ -116,7 +118,7 @@ def slow_closing_steps(log):
     try:
         yield os.getpid()
     finally:
-        time.sleep(0.3)
+        time.sleep(0.1)
         log.write_text("closed")
         time.sleep(60)
 
@@ -144,6 +146,23 @@ def stubborn_steps():
 def thread_left_steps():
     threading.Thread(target=time.sleep, args=(100,)).start()
     yield os.getpid()
+
+
+def slow_exit_steps(fails):
+    atexit.register(time.sleep, 60)
+    yield os.getpid()
+    if fails:
+        raise ValueError("odd shape")
+    return "the end"
+
+
+def write_steps(path):
+    """Come half way with a file, and no further."""
+    yield 1
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        time.sleep(100)
+    yield 2
 
 
 def memory_steps(array):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from napari_unet import errors
+from napari_unet.files.atomic import sweep
 from napari_unet.steps import ChildError, Progress, in_child, run_to_end
 
 GUI = {"napari", "qtpy", "magicgui", "superqt", "vispy", "PyQt5", "PyQt6", "PySide6"}
@@ -339,7 +340,7 @@ def test_closing_does_not_wait_for_endless_finally_blocks(tmp_path):
     pid = next(steps)
     start = time.perf_counter()
     steps.close()
-    assert time.perf_counter() - start < 2.5
+    assert time.perf_counter() - start < 1.5
     assert is_gone(pid)
     assert (tmp_path / "log").read_text() == "closed"
 
@@ -349,8 +350,25 @@ def test_thread_left_behind_does_not_hold_the_child():
     pid = next(steps)
     start = time.perf_counter()
     steps.close()
-    assert time.perf_counter() - start < 2.5
+    assert time.perf_counter() - start < 1
     assert is_gone(pid)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "returned", "failed", "closed"])
+def test_no_library_holds_the_child(end):
+    """Not even one that takes long to unload, as torch does."""
+    steps = in_child(child_steps.slow_exit_steps, fails=end == "failed")
+    pid = next(steps)
+    start = time.perf_counter()
+    if end == "cancelled":
+        steps.cancel()
+    elif end == "closed":
+        steps.close()
+    else:
+        with contextlib.suppress(ChildError):
+            assert run_to_end(steps) == "the end"
+    wait_for(lambda: is_over(pid), 1)
+    assert time.perf_counter() - start < 1
 
 
 def test_closing_before_the_start():
@@ -403,10 +421,10 @@ def next_in_thread(steps):
 @pytest.mark.parametrize(
     ("function", "arguments", "limit"),
     [
-        ("busy_steps", ["numpy"], 1.7),
-        ("busy_steps", ["sleep"], 1.7),
-        ("busy_steps", ["locked"], 3.5),
-        ("stubborn_steps", [], 4.5),
+        ("busy_steps", ["numpy"], 1.0),
+        ("busy_steps", ["sleep"], 1.0),
+        ("busy_steps", ["locked"], 2.0),
+        ("stubborn_steps", [], 2.5),
     ],
 )
 def test_closing_within_a_long_step(function, arguments, limit):
@@ -431,9 +449,24 @@ def test_cancel_does_not_wait():
     start = time.perf_counter()
     steps.cancel()
     assert time.perf_counter() - start < 0.1
-    assert wait_for(lambda: is_gone(pid), 1.7)
+    assert wait_for(lambda: is_gone(pid), 1)
     thread.join()
     assert isinstance(caught[0], ChildError)
+
+
+def test_a_file_half_written_when_cancelled_is_swept(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    with running(child_steps.write_steps, path) as steps:
+        next(steps)
+        thread, _ = next_in_thread(steps)
+        wait_for(lambda: len(list(tmp_path.iterdir())) > 1, 5)
+        steps.cancel()
+        thread.join(1)
+        assert not thread.is_alive()
+    assert path.read_bytes() == b"old"
+    assert len(sweep(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_cancelled_between_steps():

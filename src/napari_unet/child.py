@@ -25,7 +25,20 @@ Inbox = SimpleQueue[list[bytearray] | None]  # None: no more steps are wanted
 
 
 def main() -> None:
-    """Serve the parent until it wants no more steps."""
+    """Serve the parent until it wants no more steps, and end at once."""
+    code = 0
+    try:
+        _serve()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    # Not as Python ends: unloading torch would take seconds. All files are written
+    # and closed, and what the generator had went with it.
+    os._exit(code)
+
+
+def _serve() -> None:
     inlet, outlet = _take_pipes()
     faulthandler.enable()
     # Ctrl-C in a terminal reaches both processes; the parent decides what it means.

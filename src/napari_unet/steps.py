@@ -24,8 +24,8 @@ Sent = TypeVar("Sent", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 
 # Seconds that an unwanted child has to come to its next yield, and then once more
-# to run its ``finally`` blocks.
-GRACE = 1.0
+# to run its ``finally`` blocks: it is gone within a second.
+GRACE = 0.4
 _KEPT_OUTPUT = 1 << 16
 
 
