@@ -22,6 +22,7 @@ __all__ = [
     "Annotation",
     "Truth",
     "check_annotations",
+    "checked_labels",
     "derive_truths",
     "find_problems",
     "known_pixels",
@@ -335,8 +336,24 @@ def _any_touch(painted: NDArray) -> bool:
     return False
 
 
-def _read(annotation: Annotation) -> tuple[NDArray, NDArray[np.bool_]]:
-    """Return the labels and where they are known, or raise `BadInput`."""
+def checked_labels(annotation: Annotation) -> NDArray:
+    """Return the labels after checking that they lie on the image.
+
+    Parameters
+    ----------
+    annotation : Annotation
+        Its regions are not looked at.
+
+    Returns
+    -------
+    array
+        In memory.
+
+    Raises
+    ------
+    BadInput
+        If its axes, sizes, types or meanings cannot be.
+    """
     axes, shape = annotation.image_axes, np.shape(annotation.image)
     labels = np.asarray(annotation.labels)
     for value, allowed in (
@@ -349,10 +366,12 @@ def _read(annotation: Annotation) -> tuple[NDArray, NDArray[np.bool_]]:
         len(axes) != len(shape)
         or len(set(axes)) != len(axes)
         or not {"Y", "X"} <= set(axes) <= set("TCZYXS")
+        or {"C", "S"} <= set(axes)
     ):
         raise BadInput(
             f"The image of shape {_sides(shape)} cannot have the axes {axes!r}: give "
-            "one letter of TCZYXS for each, Y and X among them."
+            "one letter of TCZYXS for each, Y and X among them, and S (the colours of "
+            "RGB) only instead of C."
         )
     if labels.dtype.kind not in "biu":
         raise BadInput(
@@ -372,6 +391,12 @@ def _read(annotation: Annotation) -> tuple[NDArray, NDArray[np.bool_]]:
             f"The labels go down to {labels.min()}; use 0 and more. Replace the "
             "negative ones."
         )
+    return labels
+
+
+def _read(annotation: Annotation) -> tuple[NDArray, NDArray[np.bool_]]:
+    """Return the labels and where they are known, or raise `BadInput`."""
+    labels = checked_labels(annotation)
     known = known_pixels(annotation)  # also checks the regions
     if annotation.labels_are == "classes":
         highest = int(np.max(_painted(annotation, labels, known)))

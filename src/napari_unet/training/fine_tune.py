@@ -13,14 +13,16 @@ import torch
 
 from napari_unet.errors import BadModel
 from napari_unet.inference.backends import choose_device
-from napari_unet.models.checkpoint import model_sha256, save_model
+from napari_unet.models.checkpoint import model_sha256, read_model, save_model
 from napari_unet.models.library import load_model
 from napari_unet.models.model import Model, TrainingRecord
 from napari_unet.network.unet import UNet
 from napari_unet.steps import run_to_end
+from napari_unet.training.adapt import untrained_model
 from napari_unet.training.annotations import check_annotations
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.loop import Training, is_better, learning_rate
+from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, load_project
 from napari_unet.training.settings import TrainingSettings, TrainingStep, View
 from napari_unet.training.snapshot import read_snapshot
 from napari_unet.training.validation import THRESHOLDS, score
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.data import TrainingData
+    from napari_unet.training.project import Project
 
 __all__ = [
     "TrainingSettings",
@@ -37,7 +40,9 @@ __all__ = [
     "View",
     "fine_tune",
     "fine_tune_file_steps",
+    "fine_tune_project_steps",
     "fine_tune_steps",
+    "load_base",
 ]
 
 _SNAPSHOT_EVERY = 100  # steps, at least
@@ -83,7 +88,7 @@ def _learn_steps(
     while state.step < settings.steps and state.stale < settings.patience:
         step = state.step + 1
         rate = learning_rate(settings, step)
-        loss = training.learn(step, rate)
+        loss = yield from training.learn_steps(step, rate)
         if not math.isfinite(loss):
             problem = (
                 f"The training was stopped at step {step}: its loss is not a finite "
@@ -199,7 +204,7 @@ def fine_tune(
     BadOutput
         If the snapshot cannot be written.
     OutOfMemory
-        If a step does not fit.
+        If not even a step with one small patch fits.
     """
     return run_to_end(
         fine_tune_steps(
@@ -249,6 +254,73 @@ def fine_tune_file_steps(
     return save_model(better, output)
 
 
+def fine_tune_project_steps(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    view: View | None = None,
+) -> Generator[TrainingStep, View | None, Path]:
+    """Train as an annotation project says, for a process of its own.
+
+    A training that is stopped, by whatever, leaves a snapshot in the folder.
+
+    Parameters
+    ----------
+    folder : path
+        Of the project.
+    output : path
+        Of the new model; written at the end, atomically.
+    resume : bool, optional
+        Go on from the snapshot in the folder if there is one.
+    view : View, optional
+        Of which previews are made.
+
+    Returns
+    -------
+    Path
+        Where the new model is.
+    """
+    yield TrainingStep(0, 1, "reading the project")
+    project = load_project(folder)
+    output, snapshot = Path(output), Path(folder) / SNAPSHOT_FILE
+    better = yield from fine_tune_steps(
+        load_base(folder, project),
+        project.annotations,
+        project.settings,
+        name=project.name or output.stem,
+        snapshot=snapshot,
+        resume=resume,
+        view=view,
+    )
+    path = save_model(better, output)
+    snapshot.unlink(missing_ok=True)
+    return path
+
+
+def load_base(folder: str | Path, project: Project) -> Model:
+    """Load the model that a project starts from, or make a new one.
+
+    Parameters
+    ----------
+    folder : path
+        Of the project. A model in it comes first.
+    project : Project
+        Loaded from there.
+
+    Returns
+    -------
+    Model
+    """
+    own = Path(folder) / BASE_FILE
+    if own.is_file():
+        return read_model(own)
+    if project.base:
+        return load_model(project.base)
+    seed = project.settings.seed
+    return untrained_model(project.annotations, ndim=project.ndim, seed=seed)
+
+
 def _identity(
     model: Model, data: TrainingData, settings: TrainingSettings
 ) -> dict[str, Any]:
@@ -287,7 +359,7 @@ def _finish_steps(
     name: str,
 ) -> Generator[TrainingStep, View | None, Model]:
     """Make a model of the best network, with its passport."""
-    data, best = training.data, training.state.best
+    data, plan, best = training.data, training.plan, training.state.best
     assert best is not None
     training.network.load_state_dict(best.weights)
     predicted = yield from training.predict_steps()
@@ -300,7 +372,7 @@ def _finish_steps(
         images=len(annotations),
         steps=best.step,
         settings=settings.model_dump(mode="json")
-        | {"patch_shape": list(data.plan.shape), "batch_size": data.plan.batch_size},
+        | {"patch_shape": list(plan.shape), "batch_size": plan.batch_size},
         scores=score(predicted, passport, objects)
         | {f"old {key}": value for key, value in training.state.base_scores.items()},
         parent_sha256=model_sha256(model),
@@ -318,6 +390,7 @@ def _finish_steps(
     changes = {
         "name": name or f"{passport.name} (fine-tuned)",
         "threshold": objects.threshold,
+        "split_touching": objects.split_touching,
         "grow": objects.grow,
         "minimal_size": objects.minimal_size,
         "border_weights": settings.border_weights,
