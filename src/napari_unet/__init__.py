@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from napari_unet.inference.engine import predict
+    from napari_unet.inference.predict import predict
     from napari_unet.inference.segment import segment
     from napari_unet.models.checkpoint import save_model
     from napari_unet.models.library import load_model
@@ -31,7 +31,7 @@ _WHERE = {
     "border_weight_map": "training.weight_map",
     "fine_tune": "training.fine_tune",
     "load_model": "models.library",
-    "predict": "inference.engine",
+    "predict": "inference.predict",
     "save_model": "models.checkpoint",
     "segment": "inference.segment",
 }

@@ -14,7 +14,7 @@ from napari_unet import predict, segment
 from napari_unet.errors import BadInput, OutOfMemory
 from napari_unet.inference import backends, engine
 from napari_unet.inference.backends import Backend, Device, choose_device
-from napari_unet.inference.engine import predict_steps
+from napari_unet.inference.predict import predict_steps
 from napari_unet.inference.segment import segment_steps
 from napari_unet.models.model import Model
 from napari_unet.network.unet import UNet

@@ -6,7 +6,7 @@ from whole_image import random_image, reference, trained_model
 
 from napari_unet import predict, segment
 from napari_unet.errors import BadInput
-from napari_unet.inference.engine import predict_steps
+from napari_unet.inference.predict import predict_steps
 from napari_unet.models.normalize import Normalization
 
 DTYPES = [

@@ -11,7 +11,7 @@ from whole_image import EXAMPLES, parts, random_image, trained_model
 
 from napari_unet import predict
 from napari_unet.inference.backends import Backend
-from napari_unet.inference.engine import predict_steps
+from napari_unet.inference.predict import predict_steps
 from napari_unet.inference.tiling import (
     Tile,
     blending_window,

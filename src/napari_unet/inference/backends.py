@@ -184,6 +184,20 @@ class Backend:
         result: NDArray[np.float32] = probabilities[0].cpu().numpy()
         return result
 
+    def run_augmented(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Average the probabilities over 8 flips and rotations in YX."""
+        turns = [self._run_turned(image, k, flip) for flip in (0, 1) for k in range(4)]
+        mean: NDArray[np.float32] = np.mean(turns, axis=0)
+        return mean
+
+    def _run_turned(
+        self, image: NDArray[np.float32], quarters: int, flip: int
+    ) -> NDArray[np.float32]:
+        """Predict a rotated and flipped tile, and turn the result back."""
+        turned = np.rot90(image, quarters, axes=(-2, -1))
+        result = self.run(turned[..., ::-1] if flip else turned)
+        return np.rot90(result[..., ::-1] if flip else result, -quarters, (-2, -1))
+
     @property
     def max_input_pixels(self) -> int:
         """Pixels of a tile, halo included, that fit comfortably into memory."""

@@ -6,10 +6,12 @@ edges: it does not depend on the tile size.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,23 +28,38 @@ from napari_unet.inference.tiling import (
     Tile,
     blending_window,
     choose_tile_shape,
+    halve_longest,
     input_box,
     round_up,
     tile_grid,
 )
 from napari_unet.network.receptive_field import receptive_field
-from napari_unet.steps import Progress, run_to_end
+from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from napari_unet.models.model import Model
     from napari_unet.models.normalize import Scaling
 
+Result = TypeVar("Result")
+
 HEARTBEAT = 0.25  # seconds between two yields within a tile
 MIN_TILE = 64  # pixels; smaller tiles are all halo
+
+
+@dataclass
+class _Shared:
+    """What the parts of one prediction have in common."""
+
+    backend: Backend
+    pool: ThreadPoolExecutor
+    # Of the whole image under (), of a plane under its place in the loop.
+    scalings: dict[tuple[int, ...], Scaling] = field(default_factory=dict)
+    non_finite: int = 0
+    longest_side: int | None = None  # of a tile, once memory ran out
 
 
 class Predictor:
@@ -97,40 +114,67 @@ class Predictor:
         self._augment = test_time_augmentation
         chosen = choose_device(device)
         self.notes += [chosen.note] if chosen.note else []
-        self._backend = Backend(model.network, chosen.name, precision)
-        self._scaling: Scaling | None = None
-        self._non_finite = 0
-        self._tiles_were_split = False
+        backend = Backend(model.network, chosen.name, precision)
+        self._is_part = False
         factors = model.rescaling(dict(pixel_size or {}))
         if factors:
             fit = model.describe_fit(dict(pixel_size or {}))
             self.notes.append(fit.capitalize() + ".")
         self._grid = Grid.over(self.source.spatial_shape, factors)
+        self._given_tile_shape = tile_shape
+        self._shared = _Shared(backend, ThreadPoolExecutor(2, "napari-unet"))
+        try:
+            self._set_tiles()
+        except BaseException:
+            self.close()
+            raise
+        if self.model.inexact_reason and len(self._tiles) > 1:
+            self.notes.append(
+                "The tiles are blended, so that the result depends a little on the "
+                f"tile size: {self.model.inexact_reason}."
+            )
+
+    def within(self, region: Mapping[str, slice]) -> Predictor:
+        """Return a predictor of another part of the image.
+
+        It shares everything that does not depend on the part: the network, the
+        grid, the statistics of the intensities and what was said already. It is
+        closed with this one.
+
+        Parameters
+        ----------
+        region : mapping of str to slice
+            By axis letter; along the other axes this predictor's own region.
+        """
+        part = copy.copy(self)
+        part._is_part = True
+        part.region = self.source.full_region({**self.region, **region})
+        part.units = list(part.source.units(part.region))
+        part._set_tiles()
+        return part
+
+    def _set_tiles(self) -> None:
         self._wanted = [self.region[axis] for axis in self.source.spatial]
         self._grid_region = self._grid.region(self._wanted)
-        self._set_tiles(tile_shape)
-        self._pool = ThreadPoolExecutor(2, "napari-unet")
-
-    def _set_tiles(self, tile_shape: Sequence[int] | None) -> None:
         shape = [part.stop - part.start for part in self._grid_region]
+        tile_shape = self._given_tile_shape
         if tile_shape is None:
-            budget = self._backend.max_input_pixels
+            budget = self._shared.backend.max_input_pixels
             tile_shape = choose_tile_shape(shape, self.field, budget)
         elif np.shape(tile_shape) != (self.model.ndim,) or min(tile_shape) < 1:
             raise BadInput(
                 f"tile_shape={tile_shape} does not name {self.model.ndim} "
                 f"positive sides for {self.source.spatial}."
             )
-        self.tile_shape = tuple(round_up(n, self.field.alignment) for n in tile_shape)
+        longest = self._shared.longest_side or max(tile_shape)
+        self.tile_shape = tuple(
+            round_up(min(n, longest), self.field.alignment) for n in tile_shape
+        )
         self._tiles = tile_grid(
             self._grid_region, self.tile_shape, self.field.alignment
         )
         self._overlap = (0,) * self.model.ndim
         if self.model.inexact_reason and len(self._tiles) > 1:
-            self.notes.append(
-                "The tiles are blended, so that the result depends a little on the "
-                f"tile size: {self.model.inexact_reason}."
-            )
             self._overlap = tuple(
                 min(round_up(max(self.field.halo), self.field.alignment), n // 2)
                 for n in self.tile_shape
@@ -187,35 +231,50 @@ class Predictor:
         unit = self.units[index]
         while self.notes:
             yield self._progress(index, 0, note=self.notes.pop(0))
-        reading = self._pool.submit(self._open_unit, unit)
+        reading = self.submit(self._open_unit, unit)
         source, scaling = yield from self._heartbeats(reading, index, 0)
         probabilities = yield from self._tile_steps(source, scaling, unit, index)
         if self._grid.rescales:
-            working = self._pool.submit(self._grid.back, probabilities, self._wanted)
-            done = len(self._tiles)
-            probabilities = yield from self._heartbeats(working, index, done)
-        if source.image.dtype.kind == "f":
+            working = self.submit(self._grid.back, probabilities, self._wanted)
+            probabilities = yield from self.wait_steps(working, index)
+        if source.dtype.kind == "f":
             self._clear_non_finite(source, unit, probabilities)
-        if index == len(self.units) - 1 and self._non_finite:
-            self.notes.append(
-                f"{self._non_finite} pixels are NaN or infinite; they are background."
-            )
+        if index == len(self.units) - 1 and not self._is_part:
+            self.notes += self.last_notes()
         while self.notes:
             yield self._progress(index, len(self._tiles), note=self.notes.pop(0))
         return probabilities
 
+    def last_notes(self) -> list[str]:
+        """Return what is known only when all parts of the image are predicted."""
+        count = self._shared.non_finite
+        if not count:
+            return []
+        return [f"{count} pixels are NaN or infinite; they are background."]
+
     def _open_unit(self, unit: Mapping[str, int]) -> tuple[Source, Scaling]:
+        """Read a unit if it is lazy and small, and fit the normalisation."""
         how = self.model.passport.normalization
-        source = self.source.in_memory(unit)
-        if how.scope == "plane":
-            return source, source.scaling(how, unit)
-        if self._scaling is None:
-            only = source is not self.source and len(self.units) == 1
-            whole = only and not self.source.loop
-            self._scaling = (source if whole else self.source).scaling(how, None)
-            if not self._scaling.gain.any():
+        source = self._read_part(unit) if self._is_part else self.source.in_memory(unit)
+        of_plane = how.scope == "plane"
+        key = tuple(unit.values()) if of_plane else ()
+        scalings = self._shared.scalings
+        if key not in scalings:
+            # What was read holds all that is needed if there is nothing else.
+            only = len(self.units) == 1 and not self.source.loop
+            is_all = not self._is_part and (of_plane or only)
+            fitted = source if is_all else self.source
+            scalings[key] = fitted.scaling(how, unit if of_plane else None)
+            if not of_plane and not scalings[key].gain.any():
                 self.notes.append("The image is constant: nothing can be found in it.")
-        return source, self._scaling
+        return source, scalings[key]
+
+    def _read_part(self, unit: Mapping[str, int]) -> Source:
+        """Read at once what the tiles of a part need of a lazy image."""
+        boxes = [self._input_box(tile)[:2] for tile in self._tiles]
+        start = np.min([box[0] for box in boxes], axis=0).tolist()
+        stop = np.max([box[1] for box in boxes], axis=0).tolist()
+        return self.source.windowed(unit, *self._grid.reach(start, stop))
 
     def _tile_steps(
         self, source: Source, scaling: Scaling, unit: Mapping[str, int], index: int
@@ -230,7 +289,7 @@ class Predictor:
         while waiting:
             done = len(self._tiles) - len(waiting)
             tile = waiting.popleft()
-            computing = self._pool.submit(self._predict, source, scaling, unit, tile)
+            computing = self.submit(self._predict, source, scaling, unit, tile)
             out_of_memory = False
             try:
                 kept, probabilities = yield from self._heartbeats(
@@ -267,15 +326,19 @@ class Predictor:
     ) -> tuple[Tile, NDArray[np.float32]]:
         """Read and predict one tile; with it return the box that is kept of it."""
         kept = tile.grown(self._overlap, self._grid_region)
-        start, stop, offset = input_box(kept, self.field, symmetric=self._augment)
+        start, stop, offset = self._input_box(tile)
         pixels = self._grid.read(source, scaling, unit, start, stop)
-        if self._augment:
-            turns = [_turned(self._backend, pixels, k, flip) for k, flip in EIGHT]
-            probabilities = np.mean(turns, axis=0)
-        else:
-            probabilities = self._backend.run(pixels)
+        backend = self._shared.backend
+        run = backend.run_augmented if self._augment else backend.run
+        probabilities = run(pixels)
         box = tuple(slice(o, o + n) for o, n in zip(offset, kept.shape, strict=True))
         return kept, probabilities[(slice(None), *box)]
+
+    def _input_box(
+        self, tile: Tile
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        kept = tile.grown(self._overlap, self._grid_region)
+        return input_box(kept, self.field, symmetric=self._augment)
 
     def _clear_non_finite(
         self, source: Source, unit: Mapping[str, int], probabilities: NDArray
@@ -293,45 +356,46 @@ class Predictor:
                 band[:, bad] = 0
                 if len(band) > 1:
                     band[0, bad] = 1
-                self._non_finite += int(bad.sum())
+                self._shared.non_finite += int(bad.sum())
 
     def _make_room(self, tile: Tile, waiting: deque[Tile]) -> str:
         """After memory ran out: halve what is left, or leave the GPU."""
-        self._backend.empty_cache()
-        device = self._backend.device.type
-        if max(tile.shape) > max(MIN_TILE, self.field.alignment):
-            halves = tile.halved(self.field.alignment)
-            if halves:
-                longest = max(tile.shape)
-                rest = self._halve([tile, *waiting], longest)
-                waiting.clear()
-                waiting.extend(rest)
-                # The units to come are cut in the same way.
-                self._tiles = self._halve(self._tiles, longest)
-                said, self._tiles_were_split = self._tiles_were_split, True
-                note = f"Memory ran out on {device}; going on with smaller tiles."
-                return "" if said else note
+        shared, alignment = self._shared, self.field.alignment
+        shared.backend.empty_cache()
+        device = shared.backend.device.type
+        longest = max(tile.shape)
+        if longest > max(MIN_TILE, alignment) and tile.halved(alignment):
+            rest = halve_longest([tile, *waiting], longest, alignment)
+            waiting.clear()
+            waiting.extend(rest)
+            # The units and parts to come are cut in the same way.
+            self._tiles = halve_longest(self._tiles, longest, alignment)
+            said = shared.longest_side is not None
+            shared.longest_side = round_up(longest // 2, alignment)
+            note = f"Memory ran out on {device}; going on with smaller tiles."
+            return "" if said else note
         if device == "cpu":
             raise OutOfMemory(
                 "Memory ran out even for the smallest tile. Close other programs or "
                 "use a smaller model."
             )
         waiting.appendleft(tile)
-        self._backend = Backend(self.model.network, "cpu", self._precision)
+        shared.backend = Backend(self.model.network, "cpu", self._precision)
         return f"Memory ran out on {device}; going on on the CPU, which is slower."
 
-    def _halve(self, tiles: Sequence[Tile], longest: int) -> list[Tile]:
-        """Halve those tiles that are as long as the one that was too large."""
-        halved: list[Tile] = []
-        for tile in tiles:
-            is_small = max(tile.shape) < longest
-            both = None if is_small else tile.halved(self.field.alignment)
-            halved.extend([tile] if both is None else both)
-        return halved
+    def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
+        """Run something beside the prediction; see `wait_steps`."""
+        return self._shared.pool.submit(function, *args)
+
+    def wait_steps(
+        self, future: Future[Result], index: int
+    ) -> Generator[Progress, None, Result]:
+        """Wait for what `submit` gave, after all tiles of a unit, with heartbeats."""
+        return (yield from self._heartbeats(future, index, len(self._tiles)))
 
     def _heartbeats(
-        self, future: Future[Any], index: int, done: int
-    ) -> Generator[Progress, None, Any]:
+        self, future: Future[Result], index: int, done: int
+    ) -> Generator[Progress, None, Result]:
         """Wait for a future, yielding so that the caller can cancel."""
         while not wait([future], HEARTBEAT).done:
             yield self._progress(index, done)
@@ -345,89 +409,5 @@ class Predictor:
 
     def close(self) -> None:
         """End everything that still runs, without waiting for it."""
-        self._backend.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-EIGHT = [(k, flip) for flip in (False, True) for k in range(4)]
-
-
-def _turned(
-    backend: Backend, pixels: NDArray[np.float32], quarters: int, flip: bool
-) -> NDArray[np.float32]:
-    """Predict a rotated and flipped tile, and turn the result back."""
-    turned = np.rot90(pixels, quarters, axes=(-2, -1))
-    if flip:
-        turned = turned[..., ::-1]
-    result = backend.run(turned)
-    if flip:
-        result = result[..., ::-1]
-    return np.rot90(result, -quarters, axes=(-2, -1))
-
-
-class PredictOptions(TypedDict, total=False):
-    """The keyword arguments of `Predictor`, which see."""
-
-    axes: str | None
-    channels: Sequence[int] | None
-    region: Mapping[str, slice] | None
-    device: str
-    tile_shape: Sequence[int] | None
-    precision: Precision
-    test_time_augmentation: bool
-    pixel_size: Mapping[str, float] | None
-
-
-def predict_steps(
-    image: Any, model: Model, **options: Unpack[PredictOptions]
-) -> Generator[Progress, None, NDArray[np.float32]]:
-    """Predict the probabilities of every class; see `predict`."""
-    predictor = Predictor(image, model, **options)
-    try:
-        result = np.empty(predictor.output_shape, dtype=np.float32)
-        for index, unit in enumerate(predictor.units):
-            probabilities = yield from predictor.unit_steps(index)
-            place = (slice(None), *predictor.place(unit))
-            result[place] = predictor.to_output(probabilities)
-        return result
-    finally:
-        predictor.close()
-
-
-def predict(
-    image: Any, model: Model, **options: Unpack[PredictOptions]
-) -> NDArray[np.float32]:
-    """Predict the probabilities of every class, tile by tile and exactly.
-
-    A network of planes goes through a stack plane by plane. The result does not
-    depend on the tile size, unless the model says why (`Model.inexact_reason`).
-
-    Parameters
-    ----------
-    image : array
-        numpy, dask or zarr; any real dtype. NaN and infinity become background.
-    model : Model
-        From `load_model`, or ``Model(UNet(...))``.
-    **options
-        axes : str, e.g. "TCZYX"; by default "YX", "ZYX" or "TZYX".
-        channels : which channels of the image the model gets.
-        region : mapping of axis letter to slice; everything by default.
-        device : "auto", "cpu", "cuda" or "mps".
-        tile_shape : sides of a tile; chosen by memory by default.
-        precision : "auto" or "float32".
-        test_time_augmentation : average over 8 flips and rotations.
-        pixel_size : mapping of axis letter to µm, for rescaling.
-
-    Returns
-    -------
-    float32 array of shape (class, *axes of the image without channels)
-        Sums to 1 over the classes; for a network with one output its sigmoid.
-
-    Raises
-    ------
-    BadInput
-        If image, axes or channels do not fit the model.
-    OutOfMemory
-        If not even the smallest tile fits.
-    """
-    return run_to_end(predict_steps(image, model, **options))
+        self._shared.backend.stop()
+        self._shared.pool.shutdown(wait=False, cancel_futures=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from napari_unet.inference.resample import Resampling, resample
 from napari_unet.inference.source import read_mirrored
+from napari_unet.inference.tiling import mirror_indices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,6 +67,30 @@ class Grid:
             slice(*axis.reach(part.start, part.stop))
             for axis, part in zip(self._back, wanted, strict=True)
         ]
+
+    def reach(
+        self, start: Sequence[int], stop: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return the box of the image that a box of the grid is made of.
+
+        Parameters
+        ----------
+        start, stop : sequence of int
+            May reach beyond the grid, which is mirrored there.
+
+        Returns
+        -------
+        start, stop : list of int
+            Inside the image.
+        """
+        low, high = [], []
+        for axis, a, b in zip(self._there, start, stop, strict=True):
+            inside = mirror_indices(a, b, axis.target)
+            i, j = int(inside.min()), int(inside.max()) + 1
+            i, j = axis.reach(i, j) if self.rescales else (i, j)
+            low.append(i)
+            high.append(j)
+        return low, high
 
     def read(
         self,

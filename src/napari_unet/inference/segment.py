@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Unpack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from napari_unet.inference.engine import PredictOptions, Predictor
+from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings, label_classes
+from napari_unet.inference.predict import PredictOptions
 from napari_unet.steps import Progress, run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
     from napari_unet.models.model import Model, Passport
+
+    Made = Future[tuple[NDArray, NDArray, "Found"]]
 
 
 class SegmentOptions(PredictOptions, total=False):
@@ -40,7 +44,6 @@ class Numbering:
         kinds = [info.kind for info in passport.classes]
         self._first = len(kinds) if "region" in kinds else 1
         self.count = 0
-        self.object_classes: list[int] = []
 
     @property
     def next_label(self) -> int:
@@ -55,7 +58,6 @@ class Numbering:
         numbered = labels.astype(dtype)
         np.add(numbered, dtype(self.count), out=numbered, where=is_object)
         self.count += len(object_classes)
-        self.object_classes += object_classes.tolist()
         return numbered
 
 
@@ -73,6 +75,143 @@ def foreground(probabilities: NDArray) -> NDArray:
         A view.
     """
     return probabilities[1:] if len(probabilities) > 1 else probabilities
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in an image, or in a part of it.
+
+    Parameters
+    ----------
+    passport : Passport
+        Names the classes.
+    objects : tuple of int
+        Their number in each class.
+    pixels : tuple of int
+        How many belong to each class; to the first, what belongs to no other.
+    """
+
+    passport: Passport
+    objects: tuple[int, ...]
+    pixels: tuple[int, ...]
+
+    @classmethod
+    def nothing(cls, passport: Passport) -> Self:
+        """Begin to add up."""
+        none = (0,) * len(passport.classes)
+        return cls(passport, none, none)
+
+    @classmethod
+    def count(
+        cls, labels: NDArray, object_classes: NDArray, passport: Passport
+    ) -> Self:
+        """Count what `label_classes` has found."""
+        kinds = [info.kind for info in passport.classes]
+        number = len(kinds) if "region" in kinds else 1
+        objects, pixels = [0] * len(kinds), [0] * len(kinds)
+        for index, kind in enumerate(kinds):
+            if kind == "region":
+                pixels[index] = int(np.count_nonzero(labels == index))
+            elif kind == "objects":
+                objects[index] = int(np.count_nonzero(object_classes == index))
+                end = number + objects[index]
+                of_class = (labels >= number) & (labels < end)
+                pixels[index] = int(np.count_nonzero(of_class))
+                number = end
+        pixels[0] = labels.size - sum(pixels)
+        return cls(passport, tuple(objects), tuple(pixels))
+
+    def __add__(self, other: Found) -> Found:
+        objects, pixels = (
+            tuple(np.add(mine, its).tolist())
+            for mine, its in (
+                (self.objects, other.objects),
+                (self.pixels, other.pixels),
+            )
+        )
+        return Found(self.passport, objects, pixels)
+
+    @property
+    def covered(self) -> float:
+        """The part of the image that is not background."""
+        return 1 - self.pixels[0] / max(sum(self.pixels), 1)
+
+    def describe(self) -> str:
+        """Say how many objects there are, and how much each region covers."""
+        parts = []
+        classes = self.passport.classes
+        if any(info.kind == "objects" for info in classes):
+            count = sum(self.objects)
+            parts.append(f"{count} object{'s' * (count != 1)}")
+        for info, pixels in zip(classes, self.pixels, strict=True):
+            if info.kind == "region":
+                parts.append(f"{pixels / max(sum(self.pixels), 1):.1%} {info.name}")
+        return ", ".join(parts)
+
+
+def segment_units_steps(
+    predictor: Predictor,
+    settings: ObjectSettings,
+    write: Callable[[tuple[int | slice, ...], NDArray, NDArray[np.float32]], None],
+) -> Generator[Progress, None, Found]:
+    """Segment plane after plane, or volume after volume.
+
+    Of one, objects are made while the network computes the next; no more than
+    these two are in memory.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        Of the image; it is left open.
+    settings : ObjectSettings
+        How objects are made.
+    write : callable
+        Gets each plane or volume once, in order: its place in the image without
+        channels, its labels and its probabilities (class, ...), with the axes in
+        the image's order.
+
+    Yields
+    ------
+    Progress
+        Over the tiles.
+
+    Returns
+    -------
+    Found
+    """
+    passport = predictor.model.passport
+    numbering = Numbering(passport)
+    total = Found.nothing(passport)
+
+    def finish_steps(
+        unit: dict[str, int], probabilities: NDArray, making: Made, index: int
+    ) -> Generator[Progress, None, Found]:
+        labels, classes, found = yield from predictor.wait_steps(making, index)
+        labels, classes, found = yield from predictor.wait_steps(making, index)
+        labels = numbering.renumber(labels, classes)
+        write(
+            predictor.place(unit),
+            predictor.to_output(labels[None])[0],
+            predictor.to_output(probabilities),
+        )
+        return total + found
+
+    before = None
+    for index, unit in enumerate(predictor.units):
+        probabilities = yield from predictor.unit_steps(index)
+        if before is not None:
+            total = yield from finish_steps(*before, index)
+        making = predictor.submit(_make_objects, probabilities, passport, settings)
+        before = unit, probabilities, making
+    assert before is not None  # no image is empty
+    return (yield from finish_steps(*before, len(predictor.units) - 1))
+
+
+def _make_objects(
+    probabilities: NDArray, passport: Passport, settings: ObjectSettings
+) -> tuple[NDArray, NDArray, Found]:
+    labels, classes = label_classes(foreground(probabilities), passport, settings)
+    return labels, classes, Found.count(labels, classes, passport)
 
 
 def segment_steps(
@@ -101,21 +240,20 @@ def _steps(
         if value is not None:
             settings = replace(settings, **{name: value})
     predictor = Predictor(image, model, **options)  # type: ignore[misc]
-    numbering = Numbering(model.passport)
     try:
-        result = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
+        result: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
         kept = np.empty(predictor.output_shape, dtype=np.float32) if keep else None
-        for index, unit in enumerate(predictor.units):
-            probabilities = yield from predictor.unit_steps(index)
-            place = predictor.place(unit)
+
+        def write(
+            place: tuple[int | slice, ...], labels: NDArray, probabilities: NDArray
+        ) -> None:
+            nonlocal result
+            result = result.astype(labels.dtype, copy=False)
+            result[place] = labels
             if kept is not None:
-                kept[(slice(None), *place)] = predictor.to_output(probabilities)
-            labels = numbering.renumber(
-                *label_classes(foreground(probabilities), model.passport, settings)
-            )
-            if labels.dtype != result.dtype:
-                result = result.astype(labels.dtype)
-            result[place] = predictor.to_output(labels[None])[0]
+                kept[(slice(None), *place)] = probabilities
+
+        yield from segment_units_steps(predictor, settings, write)
         return result, kept
     finally:
         predictor.close()

@@ -29,6 +29,27 @@ DEFAULT_AXES = {2: "YX", 3: "ZYX", 4: "TZYX"}
 
 
 @dataclass(frozen=True)
+class _Window:
+    """A box of one plane or volume, indexed as if it were the whole image."""
+
+    pixels: NDArray  # channel, *spatial
+    start: tuple[int, ...]
+    shape: tuple[int, ...]  # loop, channel, *spatial
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.pixels.dtype
+
+    def __getitem__(self, index: tuple[Any, ...]) -> NDArray:
+        box = index[len(index) - len(self.start) :]
+        shifted = tuple(
+            slice(part.start - first, part.stop - first)
+            for part, first in zip(box, self.start, strict=True)
+        )
+        return self.pixels[(slice(None), *shifted)]
+
+
+@dataclass(frozen=True)
 class Source:
     """An image with named axes.
 
@@ -51,6 +72,12 @@ class Source:
     channels: tuple[int, ...]
     to_gray: bool
     ndim: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the pixels."""
+        dtype: np.dtype = np.dtype(self.image.dtype)
+        return dtype
 
     @property
     def spatial(self) -> str:
@@ -175,6 +202,25 @@ class Source:
         )
         channels = tuple(range(len(pixels)))
         return Source(view, self.loop + "C" + self.spatial, channels, False, self.ndim)
+
+    def windowed(
+        self, unit: Mapping[str, int], start: Sequence[int], stop: Sequence[int]
+    ) -> Source:
+        """Return a source of one box alone, read at once if it is lazy and small."""
+        size = math.prod(b - a for a, b in zip(start, stop, strict=True))
+        lazy_bytes = size * len(self.channels) * self.dtype.itemsize
+        if isinstance(self.image, np.ndarray) or lazy_bytes > MAX_PLANE_BYTES:
+            return self
+        pixels = self.read(unit, start, stop)
+        window = _Window(
+            pixels,
+            tuple(start),
+            (*[self.size(a) for a in self.loop], len(pixels), *self.spatial_shape),
+        )
+        channels = tuple(range(len(pixels)))
+        return Source(
+            window, self.loop + "C" + self.spatial, channels, False, self.ndim
+        )
 
     def scaling(self, how: Normalization, unit: Mapping[str, int] | None) -> Scaling:
         """Fit the normalisation to a unit, or to the whole image when it is None.

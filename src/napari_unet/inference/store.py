@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import zarr
 
-from napari_unet.inference.engine import PredictOptions, Predictor
+from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import (
     ObjectSettings,
     ObjectTable,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from napari_unet.inference.predict import PredictOptions
     from napari_unet.models.model import Model
 
 MAX_BYTES = 2 << 30  # of probabilities in memory; beyond, a temporary zarr

@@ -93,6 +93,26 @@ def tile_grid(
     return tiles
 
 
+def halve_longest(tiles: Sequence[Tile], longest: int, alignment: int) -> list[Tile]:
+    """Halve the tiles that are as long as one that was too large.
+
+    Parameters
+    ----------
+    tiles : sequence of Tile
+        Of any sides.
+    longest : int
+        Shorter tiles, and those that cannot be halved, stay as they are.
+    alignment : int
+        2**depth of the network.
+    """
+    halved: list[Tile] = []
+    for tile in tiles:
+        is_small = max(tile.shape) < longest
+        both = None if is_small else tile.halved(alignment)
+        halved.extend([tile] if both is None else both)
+    return halved
+
+
 def input_box(
     tile: Tile, field: ReceptiveField, *, symmetric: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,1 @@
+"""Many images: a folder in, labels and measurements out, nothing lost."""

@@ -1,0 +1,98 @@
+"""Images of any size into arrays that are written in parts."""
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+import zarr
+from tiny import noise, tiny_model
+
+from napari_unet import predict, segment
+from napari_unet.batch.volume import segment_into_steps
+from napari_unet.errors import BadOutput
+from napari_unet.inference.engine import Predictor
+from napari_unet.inference.instances import ObjectSettings
+from napari_unet.inference.segment import Found
+from napari_unet.steps import run_to_end
+
+
+def segment_into(image, model, settings, *, labels=None, keep=True, **options):
+    """Return labels, probabilities and what was found, of arrays of zeros."""
+    with closing(Predictor(image, model, **options)) as predictor:
+        shape = predictor.output_shape
+        if labels is None:
+            labels = np.full(shape[1:], 77, np.uint32)
+        probabilities = np.full(shape, np.nan, np.float32) if keep else None
+        found = run_to_end(
+            segment_into_steps(predictor, settings, labels, probabilities)
+        )
+    return labels, probabilities, found
+
+
+def check_found(found: Found, labels: np.ndarray, kinds: tuple[str, ...]) -> None:
+    """Count everything anew."""
+    first = len(kinds) + 1 if "region" in kinds else 1
+    assert sum(found.objects) == labels.max(initial=first - 1) - first + 1
+    assert sum(found.pixels) == labels.size
+    assert found.pixels[0] == (labels == 0).sum()
+    for index, kind in enumerate(kinds, 1):
+        if kind == "region":
+            assert found.pixels[index] == (labels == index).sum()
+            assert found.objects[index] == 0
+    assert found.covered == pytest.approx((labels > 0).mean())
+
+
+# --- planes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", ["YX", "TYX", "XYT"])
+@pytest.mark.parametrize("kinds", [("objects",), ("region", "objects", "objects")])
+def test_the_same_as_segment_and_predict(axes, kinds):
+    image = noise(5, 40, 36)[(0,) * (3 - len(axes))]
+    model = tiny_model(*kinds)
+    options = {"axes": axes}
+    wanted = predict(image, model, **options)
+    threshold = float(np.quantile(wanted[-1], 0.8))
+    labels, probabilities, found = segment_into(
+        image, model, ObjectSettings(threshold), **options
+    )
+    np.testing.assert_array_equal(probabilities, wanted)
+    np.testing.assert_array_equal(
+        labels, segment(image, model, threshold=threshold, **options)
+    )
+    assert sum(found.objects) > 5
+    check_found(found, labels, kinds)
+
+
+def test_into_a_zarr(tmp_path):
+    model = tiny_model()
+    image = noise(3, 40, 36)
+    labels = zarr.create_array(
+        store=str(tmp_path / "labels"),
+        shape=image.shape,
+        chunks=(1, 16, 16),
+        dtype="u4",
+    )
+    segment_into(image, model, ObjectSettings(), labels=labels, keep=False, axes="TYX")
+    np.testing.assert_array_equal(
+        labels[:], segment(image, model, axes="TYX", threshold=0.5)
+    )
+
+
+def test_what_was_found_in_words():
+    passport = tiny_model("region", "objects").passport
+    assert Found.nothing(passport).describe() == "0 objects, 0.0% region 1"
+    one = Found(passport, (0, 0, 1), (60, 30, 10))
+    assert one.describe() == "1 object, 30.0% region 1"
+    assert one.covered == pytest.approx(0.4)
+    two = one + Found(passport, (0, 0, 1), (100, 0, 0))
+    assert two.describe() == "2 objects, 15.0% region 1"
+
+
+def test_more_objects_than_the_labels_can_number():
+    model = tiny_model()
+    image = noise(40, 36)
+    threshold = float(np.quantile(predict(image, model)[1], 0.8))
+    small = np.zeros(image.shape, np.uint8)
+    with pytest.raises(BadOutput, match="more objects"):
+        segment_into(image, model, ObjectSettings(threshold), labels=small)
