@@ -269,12 +269,13 @@ def test_a_loss_that_is_not_finite_ends_the_training_in_words():
 def test_what_was_learnt_before_is_kept_when_the_loss_is_not_finite(monkeypatch):
     from napari_unet.training import loop
 
-    learn = loop.Training.learn
-    monkeypatch.setattr(
-        loop.Training,
-        "learn",
-        lambda self, step, rate: math.nan if step > 25 else learn(self, step, rate),
-    )
+    learn_steps = loop.Training.learn_steps
+
+    def end_after_25_steps(self, step, rate):
+        loss = yield from learn_steps(self, step, rate)
+        return math.nan if step > 25 else loss
+
+    monkeypatch.setattr(loop.Training, "learn_steps", end_after_25_steps)
     settings = QUICK.model_copy(update={"steps": 40})
     annotations = [Annotation(*discs(seed)) for seed in range(3)]
     steps, better = collect(fine_tune_steps(tiny(), annotations, settings))

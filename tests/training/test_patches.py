@@ -17,7 +17,7 @@ from napari_unet.training.annotations import Truth, derive_truths
 from napari_unet.training.augment import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.patches import Patches, TrainingImage
-from napari_unet.training.plan import PatchPlan, choose_plan
+from napari_unet.training.plan import PatchPlan, choose_plan, smaller_plan
 from napari_unet.training.split import AnnotatedUnit, hold_out
 from napari_unet.training.validation import Predicted, held_out_part, score, tune_steps
 from napari_unet.training.weight_map import border_weight_map
@@ -269,6 +269,35 @@ def test_small_memory_makes_patches_small(monkeypatch):
     plan = choose_plan(config, (999, 999), TrainingSettings(), NO_AUGMENTATION, CPU)
     assert plan.batch_size == 2
     assert plan.shape == (64, 64)
+
+
+@given(
+    depth=st.integers(1, 4),
+    valid=st.booleans(),
+    sides=st.lists(st.integers(1, 700), min_size=2, max_size=3),
+    batch_size=st.integers(1, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_smaller_plans_are_legal_and_come_to_an_end(depth, valid, sides, batch_size):
+    config = UNetConfig(
+        depth=depth,
+        base_channels=2,
+        ndim=len(sides),
+        padding="valid" if valid else "same",
+    )
+    chosen = TrainingSettings(patch_shape=tuple(sides), batch_size=batch_size)
+    plan = choose_plan(config, sides, chosen, NO_AUGMENTATION, CPU)
+    with torch.device("meta"):
+        network = UNet.from_config(config)
+        while smaller := smaller_plan(config, plan):
+            before = plan.batch_size * np.prod(plan.shape)
+            assert smaller.batch_size * np.prod(smaller.shape) < before
+            assert smaller.batch_size == max(plan.batch_size // 2, 1)
+            logits = network(torch.zeros(1, 1, *smaller.shape))
+            assert tuple(logits.shape[2:]) == smaller.output_shape
+            plan = smaller
+    assert plan.batch_size == 1
+    assert max(plan.output_shape) <= 3 * 2**depth
 
 
 # --- what is held out --------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from napari_unet.training.losses import (
     soft_dice,
 )
 from napari_unet.training.patches import Patches
+from napari_unet.training.plan import smaller_plan
 from napari_unet.training.settings import TrainingStep, View
 from napari_unet.training.snapshot import Best, Saved, Snapshot, write_snapshot
 from napari_unet.training.validation import (
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.data import TrainingData
     from napari_unet.training.losses import Loss
+    from napari_unet.training.plan import PatchPlan
     from napari_unet.training.settings import TrainingSettings
     from napari_unet.training.validation import Predicted
 
@@ -102,8 +105,13 @@ class Training:
         self._loss = _loss(settings, self.network.config.num_classes)
         self._half = settings.precision == "auto" and computes_bfloat16(device)
 
-    def learn(self, step: int, rate: float) -> float:
-        """Do one step of the optimiser.
+    @property
+    def plan(self) -> PatchPlan:
+        """The shape of a batch, which may become smaller on the way."""
+        return self._patches.plan
+
+    def learn_steps(self, step: int, rate: float) -> Beats[float]:
+        """Do one step of the optimiser, with less at once where memory runs out.
 
         Parameters
         ----------
@@ -112,16 +120,48 @@ class Training:
         rate : float
             Learning rate.
 
+        Yields
+        ------
+        TrainingStep
+            A note, if the patches are fewer or smaller from now on.
+
         Returns
         -------
         float
             The loss; not finite if the loss or its gradient is not, and then the
             network is as it was.
         """
+        wanted = self.plan
+        while True:
+            try:
+                with self._memory_in_words():
+                    loss = self._differentiate(step)
+                break
+            except OutOfMemory:
+                smaller = smaller_plan(self.network.config, self.plan)
+                if smaller is None:
+                    raise
+            # Only here has the error let go of what was computed so far.
+            self._use(smaller)
+        if math.isfinite(loss):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with self._memory_in_words():
+                self.optimizer.step()
+        if self.plan != wanted:
+            note = f"Memory ran out with {wanted}: going on with {self.plan}."
+            yield from self.tell(note=note)
+        return loss
+
+    def _differentiate(self, step: int) -> float:
+        """Compute the loss of a step and its gradient; not finite if one is not."""
         self.network.train()
         for part in self._frozen:
             part.eval()
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
+        loss = math.nan
         try:
+            self.optimizer.zero_grad(set_to_none=True)
             image, target, weights = self._patches.batch(step, self._device)
             if image.ndim == 4:
                 image = image.contiguous(memory_format=torch.channels_last)
@@ -130,25 +170,36 @@ class Training:
                     self._device.type, torch.bfloat16, enabled=self._half
                 ):
                     logits = self.network(image)
-                loss = self._loss(logits, target, weights)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                of_patches = self._loss(logits, target, weights)
+                of_patches.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(self._weights, _LARGEST_GRADIENT)
-            value, size = torch.stack([loss.detach(), norm]).tolist()
-            if not math.isfinite(value) or not math.isfinite(size):
-                return math.nan
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+            value, size = torch.stack([of_patches.detach(), norm]).tolist()
+            if math.isfinite(value) and math.isfinite(size):
+                loss = float(value)
+            return loss
+        finally:
+            if not math.isfinite(loss):
+                for buffer, old in zip(self.network.buffers(), statistics, strict=True):
+                    buffer.copy_(old)
+
+    @contextmanager
+    def _memory_in_words(self) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            sides = " x ".join(map(str, self.data.plan.shape))
             raise OutOfMemory(
-                f"Memory ran out on {self._device} with {self.data.plan.batch_size} "
-                f"patches of {sides}. Choose a smaller batch or smaller patches."
+                f"Memory ran out on {self._device} with {self.plan}. Close other "
+                "programs, or train a smaller network."
             ) from error
-        return float(value)
+
+    def _use(self, plan: PatchPlan) -> None:
+        """Go on with other patches than planned."""
+        self._patches.use(plan)
+        self.state.reduced = {"batch_size": plan.batch_size, "shape": plan.shape}
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def look_steps(self) -> Beats[dict[str, float]]:
         """Score the network as it is on the held-out part, with heartbeats."""
@@ -222,6 +273,8 @@ class Training:
     def restore(self, saved: Saved) -> None:
         """Go on from there."""
         self.state = saved.snapshot
+        if self.state.reduced:
+            self._patches.use(replace(self.data.plan, **self.state.reduced))
         self.network.load_state_dict(saved.network)
         self.optimizer.load_state_dict(saved.optimizer)
 

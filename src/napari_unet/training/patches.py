@@ -9,7 +9,7 @@ of the step and the patch.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -191,6 +191,12 @@ class Patches:
         self._favoured = [_Group(groups[name]) for name in sorted(groups)]
         self._pool = ThreadPoolExecutor(1, "napari-unet")
         self._next: tuple[int, Future[_Arrays]] | None = None
+
+    def use(self, plan: PatchPlan) -> None:
+        """Go on with batches of another shape."""
+        if self._next:  # it may be cut right now
+            wait([self._next[1]])
+        self.plan, self._next = plan, None
 
     def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Draw, cut and augment the patches of a step.

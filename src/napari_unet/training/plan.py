@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -16,11 +16,12 @@ from napari_unet.training.augment import source_shape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from napari_unet.network.receptive_field import ReceptiveField
     from napari_unet.network.unet import UNetConfig
     from napari_unet.training.augment import AugmentationSettings
     from napari_unet.training.settings import TrainingSettings
 
-__all__ = ["PatchPlan", "choose_plan"]
+__all__ = ["PatchPlan", "choose_plan", "smaller_plan"]
 
 _SIDE = {"default": {2: 256, 3: 64}, "paper": {2: 512, 3: 96}}
 _CPU_WORK = 4 * 256**2 * 16  # pixels times channels of a step that takes about a second
@@ -58,6 +59,10 @@ class PatchPlan:
         """Of what is cut out, so that augmentation finds real pixels."""
         return source_shape(self.shape, self.augmentation)
 
+    def __str__(self) -> str:
+        plural = "es" if self.batch_size > 1 else ""
+        return f"{self.batch_size} patch{plural} of {' x '.join(map(str, self.shape))}"
+
 
 def choose_plan(
     config: UNetConfig,
@@ -87,30 +92,24 @@ def choose_plan(
     """
     field, ndim = receptive_field(config), config.ndim
     context = 2 * field.shrink
-
-    def legal(side: int) -> int:
-        # At least two pixels at the bottom, which have statistics.
-        return field.input_size(max(side, context + 2 * field.alignment))
-
     if settings.patch_shape is None:
         target = _SIDE[settings.preset][ndim]
         largest = [*sides[:-2], max(sides[-2:]), max(sides[-2:])]
-        shape = [legal(min(target, side) + context) for side in largest]
+        shape = [_legal(field, min(target, side) + context) for side in largest]
         if settings.preset == "paper" and context:
-            shape = [legal(min(572, side + context)) for side in largest]
+            shape = [_legal(field, min(572, side + context)) for side in largest]
         limit = _affordable_pixels(config, device)
         while math.prod(shape) > limit:
-            longest = max(shape)
-            smaller = legal(context + (longest - context) // 2)
-            if smaller >= longest:
+            smaller = _halved(field, shape)
+            if smaller == shape:
                 break
-            shape = [min(side, smaller) for side in shape]
+            shape = smaller
     elif len(settings.patch_shape) != ndim or min(settings.patch_shape) < 1:
         raise BadInput(
             f"patch_shape={settings.patch_shape} does not name {ndim} positive sides."
         )
     else:
-        shape = [legal(side) for side in settings.patch_shape]
+        shape = [_legal(field, side) for side in settings.patch_shape]
     batch_size = settings.batch_size
     if batch_size is None and settings.preset == "paper":
         batch_size = 1
@@ -120,6 +119,41 @@ def choose_plan(
             fitting = min(fitting, _CPU_WORK // config.base_channels)
         batch_size = min(max(fitting // math.prod(shape), 1), _LARGEST_BATCH)
     return PatchPlan(batch_size, tuple(shape), field.shrink, augmentation)
+
+
+def smaller_plan(config: UNetConfig, plan: PatchPlan) -> PatchPlan | None:
+    """Halve a batch, or the longest sides of a single patch.
+
+    Parameters
+    ----------
+    config : UNetConfig
+        Of the network.
+    plan : PatchPlan
+        For which memory does not suffice.
+
+    Returns
+    -------
+    PatchPlan or None
+        None if there is no smaller one.
+    """
+    if plan.batch_size > 1:
+        return replace(plan, batch_size=plan.batch_size // 2)
+    shape = tuple(_halved(receptive_field(config), plan.shape))
+    return None if shape == plan.shape else replace(plan, shape=shape)
+
+
+def _legal(field: ReceptiveField, side: int) -> int:
+    """Round up to a side that the network can learn from."""
+    # At least two pixels at the bottom, which have statistics.
+    least = 2 * (field.shrink + field.alignment)
+    return field.input_size(max(side, least))
+
+
+def _halved(field: ReceptiveField, shape: Sequence[int]) -> list[int]:
+    """Halve what the network gives along the longest sides, as far as is legal."""
+    context = 2 * field.shrink
+    smaller = _legal(field, context + (max(shape) - context) // 2)
+    return [min(side, smaller) for side in shape]
 
 
 def _affordable_pixels(config: UNetConfig, device: torch.device) -> int:

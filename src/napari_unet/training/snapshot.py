@@ -56,6 +56,8 @@ class Snapshot:
         Steps and their scores.
     stale : int
         Looks at the held-out part since the best.
+    reduced : dict or None
+        "batch_size" and "shape" of the patches, if memory ran out with those planned.
     """
 
     step: int = 0
@@ -63,6 +65,7 @@ class Snapshot:
     best: Best | None = None
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     stale: int = 0
+    reduced: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Saved:
         What a training must have in common with this one to go on: "data" and "base",
         hashes, and "settings".
     plan : dict
-        Shape of the patches and batch size, which depend on the free memory.
+        Shape of the patches and batch size with which the training began; they depend
+        on the free memory.
     snapshot : Snapshot
     network, optimizer : dict
         Their state_dicts.
