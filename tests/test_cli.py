@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
-from napari_unet.cli.segment import _Console
+from napari_unet.cli.progress import Console
 from napari_unet.files.images import read_image
 from napari_unet.models.checkpoint import save_model
 from napari_unet.models.library import BUNDLED
@@ -237,7 +237,7 @@ def test_progress_is_determinate_and_heartbeats_do_not_advance(monkeypatch):
         yield Progress(2, 8)
         return "found"
 
-    assert _Console(quiet=False).follow(steps(), "cells.tif") == "found"
+    assert Console(quiet=False).follow(steps(), "cells.tif") == "found"
     counts = re.findall(r"(\d+/\d+) ", terminal.getvalue())
     assert list(dict.fromkeys(counts)) == ["0/4", "1/4", "2/8"]
     assert "Note: Something.\n" in terminal.getvalue()

@@ -14,9 +14,8 @@ import pytest
 import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
-from napari_unet.cli import jobs as cli_jobs
+from napari_unet.batch import file as batch_file
 from napari_unet.errors import BadOutput
-from napari_unet.files import outputs
 
 
 @pytest.fixture(autouse=True)
@@ -287,16 +286,16 @@ def test_ctrl_c_while_writing_leaves_no_file(fails, monkeypatch, existing):
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
     for name in "abc":
         write_image(f"in/{name}.tif", squares(2))
-    original = outputs._write
+    original = batch_file.write_labels
     calls = []
 
-    def full(path, *arguments):
+    def full(path, *arguments, **options):
         calls.append(path)
         if len(calls) == 2:
             raise BadOutput(f"Cannot write {path}: the disk is full.")
-        return original(path, *arguments)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(outputs, "_write", full)
+    monkeypatch.setattr(batch_file, "write_labels", full)
     result = call(capsys, "segment", "in", "-m", "m.safetensors", "-o", "out")
     assert result.code == 4
     assert result.err == "Error: Cannot write out/b.tif: the disk is full.\n"
@@ -305,14 +304,14 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
 
 
 def test_a_result_that_appears_during_the_run_is_kept(capsys, monkeypatch):
-    original = cli_jobs._write
+    original = batch_file.write_labels
 
-    def late(job, *arguments):
-        write_bytes(job.labels)
-        original(job, *arguments)
+    def late(path, *arguments, **options):
+        write_bytes(path)
+        original(path, *arguments, **options)
 
     os.mkdir("out")
-    monkeypatch.setattr(cli_jobs, "_write", late)
+    monkeypatch.setattr(batch_file, "write_labels", late)
     result = call(capsys, "segment", "good.tif", "-m", "m.safetensors", "-o", "out")
     assert result.code == 4
     assert result.err.startswith("Error: out/good.tif exists already; use --overwrite")
@@ -339,7 +338,7 @@ def test_memory_that_runs_out(fails, monkeypatch):
     def too_much(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr("napari_unet.inference.segment.segment_steps", too_much)
+    monkeypatch.setattr(batch_file, "segment_into_steps", too_much)
     said = fails(5, "segment", "good.tif", "-m", "m.safetensors", "-o", "out")
     assert said.startswith("Memory ran out.")
 
@@ -348,7 +347,7 @@ def test_a_bug_shows_where_it_is(capsys, monkeypatch):
     def bug(*arguments, **options):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("napari_unet.inference.segment.segment_steps", bug)
+    monkeypatch.setattr(batch_file, "segment_into_steps", bug)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         call(capsys, "segment", "good.tif", "-m", "m.safetensors", "-o", "out")
 

@@ -1,4 +1,4 @@
-"""The command line: ``napari-unet segment``, ``train``, ``evaluate`` and ``models``.
+"""The command line: all commands of ``napari-unet``.
 
 What takes long to import is imported where it is used, so that help comes at once.
 """
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from napari_unet.cli.jobs import PROBABILITIES, one_line
+from napari_unet.batch.plan import PROBABILITIES
+from napari_unet.cli.batch import batch
 from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.segment import segment
 from napari_unet.cli.train import train
+from napari_unet.cli.words import one_line
 from napari_unet.errors import (
     BadModel,
     Cancelled,
@@ -112,6 +114,7 @@ def _program(
 
 app.command()(segment)
 app.command()(train)
+app.command()(batch)
 
 
 _PredictedFolder = Annotated[

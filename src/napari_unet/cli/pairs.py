@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from napari_unet.cli.jobs import few, name_key, one_line, split_name
+from napari_unet.batch.plan import few, name_key, split_name
+from napari_unet.cli.words import one_line
 from napari_unet.errors import BadInput
 
 if TYPE_CHECKING:

@@ -1,0 +1,397 @@
+"""One image of a batch: from its file to the files that are made of it.
+
+Three parts, so that a folder of files can overlap them: to read, to compute (the
+only one that needs the network), and to finish: to measure and to write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import tempfile
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from napari_unet import __version__
+from napari_unet.batch.journal import Entry, size_of
+from napari_unet.batch.thumbnail import make_thumbnail
+from napari_unet.batch.volume import segment_into_steps
+from napari_unet.errors import BadModel, BadOutput, UnetError
+from napari_unet.files.atomic import atomic_path, bad_output
+from napari_unet.files.images import ImageFile, read_image
+from napari_unet.files.members import state_of
+from napari_unet.files.outputs import write_labels, write_probabilities
+from napari_unet.inference.engine import Predictor
+from napari_unet.inference.instances import ObjectSettings
+from napari_unet.steps import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator, Mapping
+
+    from napari_unet.batch.plan import Item
+    from napari_unet.inference.segment import Found, SegmentOptions
+    from napari_unet.models.model import Model
+
+# Larger images are read, and larger results kept, in pieces. Fixed, so that the
+# results never depend on the free memory.
+LAZY_BYTES = 2**28
+LAZY_VALUES = 2**26
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done with every image; plain data.
+
+    Parameters
+    ----------
+    output : Path
+        The folder below which the results lie.
+    internal : Path
+        A folder for what is temporary and what is put together at the end.
+    options : SegmentOptions
+        All but what belongs to the image.
+    axes, pixel_size
+        Override what the files say.
+    measure : bool
+        Whether each object is measured.
+    thumbnails : bool
+        Whether a small picture is made of each.
+    overwrite : bool
+        Whether results may be replaced.
+    """
+
+    output: Path
+    internal: Path
+    options: SegmentOptions
+    axes: str | None = None
+    pixel_size: Mapping[str, float] | None = None
+    measure: bool = False
+    thumbnails: bool = False
+    overwrite: bool = False
+
+    def measurements(self, name: str) -> Path:
+        """Return where the measurements of an image are kept."""
+        return self.internal / "measurements" / f"{_key(name)}.csv"
+
+    def thumbnail(self, name: str) -> Path:
+        """Return where the small picture of an image is kept."""
+        return self.internal / "thumbnails" / f"{_key(name)}.jpg"
+
+
+def _key(name: str) -> str:
+    """Return a file name of fixed length for a name that may have any."""
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class FileStep:
+    """How far one file of several is.
+
+    Parameters
+    ----------
+    item : Item
+        The file.
+    part : float
+        Of its computing, from 0 to 1.
+    message, note : str
+        As in `Progress`.
+    entry : Entry or None
+        What became of it, when it is finished; it is in the journal then.
+    """
+
+    item: Item
+    part: float = 0.0
+    message: str = ""
+    note: str = ""
+    entry: Entry | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image that was read, or will be read plane by plane."""
+
+    item: Item
+    image: ImageFile
+    state: tuple[int, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """An image whose results are computed, but not written yet."""
+
+    opened: Opened
+    pixel_size: Mapping[str, float]
+    labels: Any
+    probabilities: Any
+    found: Found
+    scratch: Path | None
+    seconds: float
+
+    @property
+    def is_small(self) -> bool:
+        """Whether everything is in memory."""
+        return self.scratch is None and isinstance(self.opened.image.data, np.ndarray)
+
+    def discard(self) -> None:
+        """Remove the temporary files."""
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def read(item: Item, axes: str | None = None) -> Opened:
+    """Read an image, in memory only if it is small."""
+    started = time.perf_counter()
+    # Before the pixels: a file that changes meanwhile is not done.
+    state = state_of(item.image)
+    image = read_image(item.image, axes)
+    return Opened(item, image, state, time.perf_counter() - started)
+
+
+def compute_steps(
+    opened: Opened, model: Model, task: Task
+) -> Generator[Progress, None, Segmented]:
+    """Run the network and make objects; see `segment_file_steps`."""
+    started = time.perf_counter()
+    image, item = opened.image, opened.item
+    for note in image.notes:
+        yield Progress(0, 1, note=note)
+    known = {**image.pixel_size, **(task.pixel_size or {})}
+    pixel_size = {axis: known[axis] for axis in image.axes if axis in known}
+    options: Any = {**task.options, "axes": image.axes, "pixel_size": pixel_size}
+    settings = ObjectSettings.recommended(model.passport)
+    for name in ("threshold", "minimal_size", "split_touching"):
+        if (value := options.pop(name, None)) is not None:
+            settings = replace(settings, **{name: value})
+    predictor = Predictor(image.data, model, **options)
+    scratch = None
+    try:
+        shape = predictor.output_shape
+        if math.prod(shape if item.probabilities else shape[1:]) > LAZY_VALUES:
+            scratch = _make_scratch(task.internal)
+        labels = _array(scratch, "labels", shape[1:], np.uint32)
+        probabilities = None
+        if item.probabilities:
+            probabilities = _array(scratch, "probabilities", shape, np.float32)
+        found = yield from segment_into_steps(
+            predictor, settings, labels, probabilities, scratch=scratch
+        )
+    except BaseException as error:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise bad_output(scratch, error) from error
+        raise
+    finally:
+        predictor.close()
+    seconds = opened.seconds + time.perf_counter() - started
+    return Segmented(opened, pixel_size, labels, probabilities, found, scratch, seconds)
+
+
+def _make_scratch(internal: Path) -> Path:
+    with writing(internal):
+        return Path(tempfile.mkdtemp(prefix="scratch-", dir=internal))
+
+
+def _array(scratch: Path | None, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Make an array in memory, or in a folder that holds it compressed."""
+    if scratch is None:
+        return np.zeros(shape, dtype)
+    sides = (1,) * (len(shape) - 2) + (512, 512)
+    chunks = tuple(min(n, side) for n, side in zip(shape, sides, strict=True))
+    with writing(scratch):
+        return zarr.create_array(
+            scratch / name, shape=shape, chunks=chunks, dtype=dtype
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make the folder if needed; say in one sentence why something failed in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise bad_output(path, error) from error
+
+
+def finish(
+    done: Segmented, model: Model, task: Task, check: Callable[[], None]
+) -> Entry:
+    """Measure an image and write its results, the labels last.
+
+    Parameters
+    ----------
+    done : Segmented
+        Its temporary files are removed in any case.
+    model : Model
+        Named in the files.
+    task : Task
+        What is wanted.
+    check : callable
+        Called now and then with large images; raises to stop.
+    """
+    started = time.perf_counter()
+    item, image = done.opened.item, done.opened.image
+    axes = "".join(axis for axis in image.axes if axis not in "CS")
+    try:
+        outputs = [*item.outputs]
+        with writing(item.labels.parent):
+            _write_results(done, axes, model, task, check)
+        if task.thumbnails:
+            _write_thumbnail(done, axes, task)
+    finally:
+        done.discard()
+    planes = math.prod(
+        done.labels.shape[axes.index(axis)]
+        for axis in axes
+        if axis not in "ZYX"[-model.ndim :]
+    )
+    where = "" if planes == 1 else f" in {planes} planes"
+    kinds = [info.kind for info in model.passport.classes]
+    size, mtime_ns = done.opened.state
+    return Entry(
+        name=item.name,
+        status="done",
+        size=size,
+        mtime_ns=mtime_ns,
+        outputs={_below(path, task.output): size_of(path) for path in outputs},
+        seconds=round(done.seconds + time.perf_counter() - started, 3),
+        objects=sum(done.found.objects) if "objects" in kinds else None,
+        covered=done.found.covered,
+        pixels=math.prod(done.labels.shape),
+        object_pixels=sum(
+            pixels
+            for pixels, kind in zip(done.found.pixels, kinds, strict=True)
+            if kind == "objects"
+        ),
+        pixel_size=dict(done.pixel_size),
+        found=done.found.describe() + where,
+    )
+
+
+def _below(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _write_results(
+    done: Segmented, axes: str, model: Model, task: Task, check: Callable[[], None]
+) -> None:
+    item, passport = done.opened.item, model.passport
+    if item.probabilities:
+        names = [info.name for info in passport.classes]
+        write_probabilities(
+            item.probabilities,
+            _Checked(done.probabilities, check),
+            axes="C" + axes,
+            pixel_size=done.pixel_size,
+            # A network with one output says nothing of the background.
+            class_names=names[-len(done.probabilities) :],
+            overwrite=task.overwrite,
+        )
+    write_labels(
+        item.labels,
+        _Checked(done.labels, check),
+        axes=axes,
+        pixel_size=done.pixel_size,
+        description=f"Segmented by napari-unet {__version__} with the model "
+        f"{passport.name} {passport.version}.",
+        overwrite=task.overwrite,
+    )
+
+
+def _write_thumbnail(done: Segmented, axes: str, task: Task) -> None:
+    channels = task.options.get("channels")
+    picture = make_thumbnail(
+        done.opened.image, done.labels, axes, channels[0] if channels else 0
+    )
+    path = task.thumbnail(done.opened.item.name)
+    with writing(path.parent), atomic_path(path) as part:
+        part.write_bytes(picture)
+
+
+class _Checked:
+    """An array that is asked before each piece whether to go on."""
+
+    def __init__(self, data: Any, check: Callable[[], None]):
+        self._data = data
+        self._check = check
+        self.shape, self.dtype, self.ndim = data.shape, data.dtype, data.ndim
+
+    def __getitem__(self, key: Any) -> Any:
+        self._check()
+        return self._data[key]
+
+
+def failed(item: Item, error: Exception, state: tuple[int, int] = (0, 0)) -> Entry:
+    """Record why a file could not be done; raise what would befall the others, too.
+
+    Parameters
+    ----------
+    item : Item
+        The file.
+    error : Exception
+        `BadModel`, and `BadOutput` from the operating system (the disk is full, the
+        folder is gone), end a batch. All else is the file's own.
+    state : (int, int)
+        Of the file.
+    """
+    is_system = isinstance(error.__cause__, OSError)
+    if isinstance(error, BadModel) or (isinstance(error, BadOutput) and is_system):
+        raise error
+    details = ""
+    if isinstance(error, UnetError):
+        reason = str(error)
+    elif isinstance(error, MemoryError):
+        reason = "Memory ran out. Close other programs, or crop the image."
+    else:
+        # One that nobody foresaw; hundreds of files must not wait for its mending.
+        reason = f"An unexpected error, please report it: {error!r}."
+        details = "".join(traceback.format_exception(error))
+    size, mtime_ns = state
+    return Entry(item.name, "failed", size, mtime_ns, reason=reason, details=details)
+
+
+def segment_file_steps(
+    item: Item, model: Model, task: Task
+) -> Generator[Progress, None, Entry]:
+    """Segment one image and write the results.
+
+    Parameters
+    ----------
+    item : Item
+        What to read and to write.
+    model : Model
+        Of the library or the user.
+    task : Task
+        What is done with it.
+
+    Yields
+    ------
+    Progress
+        Over the tiles.
+
+    Returns
+    -------
+    Entry
+        What was found.
+
+    Raises
+    ------
+    BadInput, OutOfMemory
+        If this image cannot be used.
+    BadOutput
+        If the results cannot be written; of each file there is then the old one
+        or none.
+    """
+    opened = read(item, task.axes)
+    segmented = yield from compute_steps(opened, model, task)
+    return finish(segmented, model, task, lambda: None)

@@ -1,0 +1,305 @@
+"""A batch: file after file, with a journal, so that nothing is done twice or lost."""
+
+from __future__ import annotations
+
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from napari_unet.batch.file import Task, writing
+from napari_unet.batch.journal import Entry, Journal, Status
+from napari_unet.batch.overlap import overlapped_steps
+from napari_unet.batch.plan import (
+    INTERNAL,
+    JOB,
+    JOURNAL,
+    REPORT,
+    Item,
+    check_batch,
+    few,
+    plan_batch,
+)
+from napari_unet.batch.report import write_report
+from napari_unet.batch.tables import write_tables
+from napari_unet.errors import BadModel, BadOutput, Partial
+from napari_unet.files.atomic import sweep
+from napari_unet.files.members import state_of
+from napari_unet.steps import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+    from pathlib import Path
+
+    from napari_unet.batch.file import FileStep
+    from napari_unet.batch.job import BatchJob
+    from napari_unet.models.model import Model
+
+__all__ = ["BatchProgress", "BatchReport", "batch_steps"]
+
+# Whose versions the results depend on.
+PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
+
+
+@dataclass(frozen=True)
+class BatchProgress(Progress):
+    """How far a batch is: `done` and `total` are bytes of images.
+
+    Parameters
+    ----------
+    index : int
+        Of the file that this is about, in the order of the plan.
+    files : int
+        How many there are.
+    name : str
+        The file's path below the folder of images.
+    status : str
+        "waiting", "running", "done", "skipped" (done by an earlier run) or "failed".
+    entry : Entry or None
+        What became of it: objects, seconds, reason and so on.
+    """
+
+    index: int = 0
+    files: int = 0
+    name: str = ""
+    status: Status = "waiting"
+    entry: Entry | None = None
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What became of a batch.
+
+    Parameters
+    ----------
+    job : BatchJob
+        With the hash of the model and the versions.
+    entries : tuple of Entry
+        Of all files, in the order of the plan.
+    skipped : int
+        How many of them were done by an earlier run.
+    report : Path
+        To be opened in a browser.
+    """
+
+    job: BatchJob
+    entries: tuple[Entry, ...]
+    skipped: int
+    report: Path
+
+    @property
+    def failed(self) -> list[Entry]:
+        """The files that could not be segmented."""
+        return [entry for entry in self.entries if entry.status == "failed"]
+
+    @property
+    def error(self) -> Partial | None:
+        """What to raise if not all went well; it lists the failed files."""
+        if not (failed := self.failed):
+            return None
+        names = few([entry.name for entry in failed])
+        rest = " The others are done." if len(failed) < len(self.entries) else ""
+        return Partial(
+            f"{len(failed)} of {len(self.entries)} images could not be segmented: "
+            f"{names}.{rest} The reasons are in {self.report}."
+        )
+
+
+def batch_steps(
+    job: BatchJob, *, resume: bool = False, overwrite: bool = False
+) -> Generator[BatchProgress, None, BatchReport]:
+    """Segment a folder of images; see :mod:`napari_unet.batch.plan` for the names.
+
+    A file that cannot be used is recorded, and the rest goes on. Closing the
+    generator keeps everything that is finished.
+
+    Parameters
+    ----------
+    job : BatchJob
+        What to do.
+    resume : bool
+        Skip what an earlier run has done with the same model, settings and versions,
+        if neither image nor results have changed since.
+    overwrite : bool
+        Replace existing results.
+
+    Yields
+    ------
+    BatchProgress
+        First one for each file, "waiting" or "skipped".
+
+    Returns
+    -------
+    BatchReport
+        Look at its `error`: files may have failed.
+
+    Raises
+    ------
+    BadInput, BadModel, BadOutput
+        Before anything is done if the job cannot be; `BadOutput` also when the disk
+        is full. What is finished then is kept.
+    """
+    from napari_unet.models.library import load_model
+
+    items = plan_batch(job)
+    journal_path = job.output / JOURNAL
+    may_replace = overwrite or (resume and journal_path.is_file())
+    check_batch(job, items, overwrite=may_replace)
+    with _locked(job.output):
+        for folder in {item.labels.parent for item in items} | {job.output / INTERNAL}:
+            sweep(folder)
+        model = load_model(job.model)
+        job = _complete(job, model)
+        journal = Journal(journal_path, job.fingerprint)
+        run = _Run(job, model, items, journal, resume=resume)
+        with journal:
+            job.save(job.output / JOB)
+            return (yield from run.steps())
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other runs away from an output folder, which is made if needed."""
+    with writing(output / INTERNAL):
+        # Of the system: the lock of a process that has died is free. Not bound to a
+        # thread, because a generator may be closed by another one.
+        lock = FileLock(output / INTERNAL / "lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BadOutput(
+                f"Another batch is writing into {output}; wait until it has ended, or "
+                "choose another output."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _complete(job: BatchJob, model: Model) -> BatchJob:
+    """Add the hash of the model, which must be the same if it is known."""
+    from napari_unet.models.checkpoint import model_sha256
+
+    found = model_sha256(model)
+    if job.model_sha256 and job.model_sha256 != found:
+        raise BadModel(
+            f"The model {job.model} is not the one that the job was made with (its "
+            f"hash begins with {found[:8]} instead of {job.model_sha256[:8]}). Get "
+            "that one again, or name the model with --model to use this one."
+        )
+    versions = {name: version(name) for name in PROGRAMS}
+    return job.model_copy(update={"model_sha256": found, "versions": versions})
+
+
+class _Run:
+    """One run of a batch, after everything was checked."""
+
+    def __init__(
+        self,
+        job: BatchJob,
+        model: Model,
+        items: Sequence[Item],
+        journal: Journal,
+        *,
+        resume: bool,
+    ):
+        self._job, self._model, self._journal = job, model, journal
+        self._items = items
+        self._task = Task(
+            output=job.output,
+            internal=job.output / INTERNAL,
+            options=job.settings.options(model.ndim),
+            axes=job.axes,
+            pixel_size=job.pixel_size,
+            measure=job.measure,
+            thumbnails=True,
+            overwrite=True,  # what may not be replaced was refused before
+        )
+        self._index = {item.name: index for index, item in enumerate(items)}
+        states = {item.name: state_of(item.image) for item in items}
+        self._todo = [
+            item
+            for item in items
+            if not resume
+            or not journal.is_done(item.name, states[item.name], job.output)
+        ]
+        todo = {item.name for item in self._todo}
+        self._entries = {
+            item.name: journal.entries[item.name]
+            for item in items
+            if item.name not in todo
+        }
+        self._skipped = set(self._entries)
+        # Files of more bytes take longer, and every file takes some time.
+        self._weights = {name: state[0] + 4096 for name, state in states.items()}
+        self._total = sum(self._weights[name] for name in todo)
+        self._done = 0
+        self._parts: dict[str, float] = {}  # of the files in work
+        self._told = {""}
+
+    def steps(self) -> Generator[BatchProgress, None, BatchReport]:
+        """Do what is not done yet."""
+        for item in self._items:
+            is_skipped = item.name in self._skipped
+            yield self._progress(item, "skipped" if is_skipped else "waiting")
+        if self._journal.others:
+            note = (
+                f"{self._journal.others} files were done with another model, other "
+                "settings or versions, and are done again."
+            )
+            yield self._progress(self._items[0], "waiting", note=note)
+        files = overlapped_steps(self._todo, self._model, self._task, self._record)
+        try:
+            with closing(files):
+                for step in files:
+                    yield self._follow(step)
+        except (GeneratorExit, KeyboardInterrupt):
+            self._conclude()
+            raise
+        return self._conclude()
+
+    def _record(self, entry: Entry) -> None:
+        self._journal.add(entry)
+        self._entries[entry.name] = entry
+
+    def _follow(self, step: FileStep) -> BatchProgress:
+        name = step.item.name
+        if step.entry:
+            self._parts.pop(name, None)
+            self._done += self._weights[name]
+        else:
+            self._parts[name] = step.part
+        note = "" if step.note in self._told else step.note
+        self._told.add(note)
+        status = step.entry.status if step.entry else "running"
+        return self._progress(step.item, status, step.message, note)
+
+    def _progress(
+        self, item: Item, status: Status, message: str = "", note: str = ""
+    ) -> BatchProgress:
+        number = self._index[item.name] + 1
+        parts = [f"file {number} of {len(self._items)}", item.name, message]
+        begun = [self._weights[name] * part for name, part in self._parts.items()]
+        return BatchProgress(
+            done=self._done + int(sum(begun)),
+            total=self._total,
+            message=", ".join(filter(None, parts)),
+            note=note,
+            index=number - 1,
+            files=len(self._items),
+            name=item.name,
+            status=status,
+            entry=None if status == "running" else self._entries.get(item.name),
+        )
+
+    def _conclude(self) -> BatchReport:
+        """Put together what was found so far."""
+        found = [self._entries.get(item.name) for item in self._items]
+        entries = tuple(entry for entry in found if entry is not None)
+        rows = write_tables(self._task, entries, self._model.ndim)
+        report = self._job.output / REPORT
+        write_report(report, self._job, self._model, self._task, rows, len(self._items))
+        return BatchReport(self._job, entries, len(self._skipped), report)

@@ -1,0 +1,246 @@
+"""What a batch is told: a small file that can be read, changed and repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from napari_unet.errors import BadInput
+from napari_unet.files.atomic import atomic_path
+
+if TYPE_CHECKING:
+    from napari_unet.inference.segment import SegmentOptions
+
+__all__ = ["FILE_NAME", "BatchJob", "SegmentSettings"]
+
+FILE_NAME = "job.yaml"
+VERSION = 1
+MAX_BYTES = 1_000_000
+_HEADER = "# A batch of napari-unet; repeat it with: napari-unet batch --job job.yaml\n"
+
+# Where to compute and in which pieces: the result does not depend on these.
+_WITHOUT_EFFECT = ("device", "tile")
+
+_Channel = Annotated[int, Field(ge=0)]
+_Axis = Annotated[str, Field(pattern="^[ZYX]$")]
+_Micrometres = Annotated[float, Field(gt=0)]
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SegmentSettings(_Told):
+    """How each image is segmented; None is what the model recommends.
+
+    Parameters
+    ----------
+    threshold : float or None
+        Probability above which a pixel belongs to an object.
+    minimal_size : int or None
+        Smaller objects, in pixels or voxels, are left out.
+    split_touching : bool or None
+        Whether objects are cut apart at their necks.
+    channels : tuple of int or None
+        Channels that the model gets, counted from 0.
+    precision : "auto" or "float32"
+    test_time_augmentation : bool
+        Average over 8 flips and rotations.
+    device : str
+        "auto", "cpu", "cuda" or "mps".
+    tile : int or None
+        Side of the tiles in pixels; None chooses by memory.
+    """
+
+    threshold: float | None = Field(None, ge=0, le=1)
+    minimal_size: int | None = Field(None, ge=0)
+    split_touching: bool | None = None
+    channels: tuple[_Channel, ...] | None = None
+    precision: Literal["auto", "float32"] = "auto"
+    test_time_augmentation: bool = False
+    device: str = "auto"
+    tile: int | None = Field(None, ge=1)
+
+    def options(self, ndim: int) -> SegmentOptions:
+        """Return them as the arguments of `segment`, for a model of some dimensions."""
+        told: Any = self.model_dump(exclude={"tile"})
+        told["tile_shape"] = (self.tile,) * ndim if self.tile else None
+        return told  # type: ignore[no-any-return]
+
+
+class BatchJob(_Told):
+    """A folder of images, and what is made of it.
+
+    Parameters
+    ----------
+    input : Path
+        The folder of the images. They are never changed.
+    output : Path
+        The folder of the results, made if needed.
+    model : str
+        A name in the library, or the path of a checkpoint.
+    model_sha256 : str
+        If it is known, no other model of that name will do.
+    pattern : str or None
+        Like ``"*_dapi.tif"``: only images with such names. All by default.
+    recursive : bool
+        Go into subfolders, which the results mirror.
+    axes : str or None
+        Of the images, if the files say it wrongly or not at all.
+    pixel_size : dict or None
+        Axis letter to micrometres, likewise.
+    settings : SegmentSettings
+    format : "tif", "ome.tif" or "ome.zarr"
+        Of labels and probabilities.
+    probabilities : bool
+        Whether they are written, too.
+    measure : bool
+        Whether each object is measured.
+    versions : dict of str to str
+        Of the programs that made the results.
+    """
+
+    input: Path
+    output: Path
+    model: str = Field(min_length=1)
+    model_sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
+    pattern: str | None = None
+    recursive: bool = False
+    axes: str | None = None
+    pixel_size: dict[_Axis, _Micrometres] | None = None
+    settings: SegmentSettings = SegmentSettings()
+    format: Literal["tif", "ome.tif", "ome.zarr"] = "tif"
+    probabilities: bool = False
+    measure: bool = False
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None and (not pattern or "/" in pattern or "\\" in pattern):
+            raise ValueError("it is compared with names of files, like '*_dapi.tif'")
+        return pattern
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the results depend on but the images."""
+        where = {"input", "output", "pattern", "recursive", "model"}
+        told = self.model_dump(mode="json", exclude=where)
+        for name in _WITHOUT_EFFECT:
+            del told["settings"][name]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> Path:
+        """Write the job to a YAML file, atomically and with absolute paths.
+
+        Parameters
+        ----------
+        path : Path
+            The file to make or replace.
+
+        Raises
+        ------
+        BadOutput
+            If that fails; a previous file is left as it was.
+        """
+        told: dict[str, Any] = {"batch_job": VERSION}
+        told |= self.model_dump(mode="json", exclude_none=True)
+        told |= {name: str(getattr(self, name).absolute()) for name in _FOLDERS}
+        if _is_path(self.model):
+            told["model"] = str(Path(self.model).expanduser().absolute())
+        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=10**6)
+        with atomic_path(path) as part:
+            part.write_text(_HEADER + text, encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> BatchJob:
+        """Read a job; relative paths in it are relative to its folder.
+
+        Parameters
+        ----------
+        path : Path
+            A file written by `save`, or by hand.
+
+        Raises
+        ------
+        BadInput
+            If it is missing or damaged, was written by a newer version, or says
+            what makes no sense.
+        """
+        told = _read_yaml(path)
+        version = told.pop("batch_job", None)
+        if isinstance(version, int) and version > VERSION:
+            raise BadInput(
+                f"{path} was written by a newer napari-unet; update napari-unet."
+            )
+        if version != VERSION:
+            raise BadInput(
+                f"{path} is not a batch job of napari-unet: it has no line "
+                f"'batch_job: {VERSION}'. Choose a {FILE_NAME} that a batch has "
+                "written."
+            )
+        folder = path.absolute().parent
+        try:
+            job = cls.model_validate(told)
+        except ValidationError as error:
+            raise BadInput(f"{path} cannot be used: {_first(error)}.") from error
+        found: dict[str, Any] = {name: folder / getattr(job, name) for name in _FOLDERS}
+        if _is_path(job.model):
+            found["model"] = str(folder / Path(job.model).expanduser())
+        return job.model_copy(update=found)
+
+
+_FOLDERS = ("input", "output")
+
+
+def _is_path(model: str) -> bool:
+    """Tell a checkpoint from a name in the library."""
+    return bool(Path(model).suffix) or len(PurePosixPath(model).parts) > 1
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; without references, which can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1} refers to another one (*), which a "
+                "job cannot; put a text that begins with * in quotes"
+            )
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError("it is too large for a job")
+        told = yaml.load(content.decode("utf-8"), _Loader)
+    except OSError as error:
+        raise BadInput(
+            f"Cannot read the job {path}: {error.strerror or error}; check the name."
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{path} is not a job that can be read: {reason}. Get it again, or mend "
+            "that."
+        ) from error
+    if not isinstance(told, dict):
+        raise BadInput(f"{path} is not a batch job of napari-unet.")
+    return told
+
+
+def _first(error: ValidationError) -> str:
+    """Say what is wrong, without repeating what may be huge."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part)[:80] for part in first["loc"])
+    return f"{where}: {first['msg']}".rstrip(".")

@@ -1,0 +1,374 @@
+"""What is made of which image, and where: all names, before anything runs.
+
+Nothing here imports torch or reads pixels.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import unicodedata
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from napari_unet.errors import BadInput, BadOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from napari_unet.batch.job import BatchJob
+
+TIFF = (".tif", ".tiff")
+PROBABILITIES = "_probabilities"
+
+# What a batch writes beside the results, and the folder for its own use.
+INTERNAL = ".napari-unet"
+JOURNAL = "journal.jsonl"
+MEASUREMENTS = "measurements.csv"
+SUMMARY = "summary.csv"
+REPORT = "report.html"
+JOB = "job.yaml"
+RESERVED = (INTERNAL, JOURNAL, MEASUREMENTS, SUMMARY, REPORT, JOB)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and the files that are made of it.
+
+    Parameters
+    ----------
+    name : str
+        What it is called in tables: its path below the folder of images.
+    image, labels : Path
+    probabilities : Path or None
+    """
+
+    name: str
+    image: Path
+    labels: Path
+    probabilities: Path | None
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The files to write."""
+        return [path for path in (self.labels, self.probabilities) if path]
+
+
+def split_name(path: Path) -> tuple[str, str]:
+    """Return the stem and the suffix of a file; ``.ome.tif`` is one suffix."""
+    stem, suffix = path.stem, path.suffix
+    if stem.lower().endswith(".ome"):
+        return stem[:-4], stem[-4:] + suffix
+    return stem, suffix
+
+
+def name_key(name: str) -> str:
+    """Return what is equal for names that some file system takes for the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def few(names: Sequence[object], shown: int = 3) -> str:
+    """List some names and say how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
+
+
+def plan_files(
+    inputs: Sequence[Path], output: Path, *, probabilities: bool
+) -> list[Item]:
+    """Find the images and name what is made of each, all in one folder.
+
+    Parameters
+    ----------
+    inputs : sequence of path
+        Images, and folders of images.
+    output : path
+        A TIFF file if there is one image, otherwise a folder.
+    probabilities : bool
+        Whether they are written, too.
+
+    Raises
+    ------
+    BadInput
+        If there are no images, or ``output`` cannot hold the results of all.
+    """
+    images = _find_images(inputs)
+    is_folder = os.path.isdir(output)
+    is_file = not is_folder and output.suffix.lower() in TIFF
+    if is_file and len(images) > 1:
+        raise BadInput(
+            f"{output} is one file, but there are {len(images)} images; give a folder "
+            "as output."
+        )
+    if not is_file and not is_folder and _looks_like_image(output):
+        raise BadInput(
+            f"Labels cannot be written as {output.name}; give a .tif file or a folder "
+            "as output."
+        )
+    items = []
+    for image in images:
+        labels = output if is_file else output / f"{split_name(image)[0]}.tif"
+        beside = _probabilities_beside(labels) if probabilities else None
+        items.append(Item(str(image), image, labels, beside))
+    return items
+
+
+def _find_images(inputs: Sequence[Path]) -> list[Path]:
+    from napari_unet.files.images import list_images
+
+    found: dict[Path, Path] = {}
+    for given in inputs:
+        images = without_parts(list_images(given))
+        if not images:
+            raise BadInput(f"There are no images in the folder {given}.")
+        for image in images:
+            found.setdefault(image.resolve(), image)
+    return list(found.values())
+
+
+def without_parts(images: Sequence[Path]) -> list[Path]:
+    """Leave one file of each image that consists of several.
+
+    Parameters
+    ----------
+    images : sequence of Path
+        As `list_images` finds them in a folder.
+
+    Returns
+    -------
+    list of Path
+        Of a multi-file OME-TIFF the first that describes all of it.
+    """
+    from napari_unet.files.members import is_part, list_members
+
+    members = {image: set(list_members(image)) for image in images}
+    covered: set[Path] = set()
+    for image in images:
+        if image in covered:
+            continue
+        for other in members[image].intersection(images) - {image}:
+            # A header may also name a file that has nothing to do with it.
+            if image in members[other] or is_part(other):
+                covered.add(other)
+    return [image for image in images if image not in covered]
+
+
+def _looks_like_image(path: Path) -> bool:
+    from napari_unet.files.images import SUFFIXES
+
+    return path.suffix.lower() in SUFFIXES
+
+
+def _probabilities_beside(labels: Path) -> Path:
+    stem, suffix = split_name(labels)
+    return labels.with_name(f"{stem}{PROBABILITIES}{suffix}")
+
+
+def plan_batch(job: BatchJob) -> list[Item]:
+    """Find the images of a batch and name what is made of each.
+
+    Parameters
+    ----------
+    job : BatchJob
+        Says which folders, names and formats.
+
+    Returns
+    -------
+    list of Item
+        In natural order, a folder's images before its subfolders.
+
+    Raises
+    ------
+    BadInput
+        If there are no images of that pattern, or one of the folders cannot be read.
+    """
+    items = []
+    for image in _find_in_folder(job):
+        below = image.relative_to(job.input)
+        stem = split_name(image)[0]
+        labels = (job.output / below).with_name(f"{stem}.{job.format}")
+        beside = _probabilities_beside(labels) if job.probabilities else None
+        items.append(Item(below.as_posix(), image, labels, beside))
+    if not items:
+        like = f" like {job.pattern}" if job.pattern else ""
+        where = " and its subfolders" if job.recursive else ""
+        raise BadInput(f"There are no images{like} in the folder {job.input}{where}.")
+    return items
+
+
+def _find_in_folder(job: BatchJob) -> Iterator[Path]:
+    from napari_unet.files.images import list_images
+    from napari_unet.files.ome_zarr import is_zarr
+
+    if os.path.lexists(job.input) and (not job.input.is_dir() or is_zarr(job.input)):
+        raise BadInput(
+            f"{job.input} is an image; give the folder that it lies in, and its name "
+            "as pattern."
+        )
+    waiting = [job.input]
+    seen = set()
+    while waiting:
+        folder = waiting.pop(0)
+        # A link may lead back to where it lies.
+        if (place := _identity(folder)) in seen:
+            continue
+        seen.add(place)
+        images = list_images(folder)
+        for image in without_parts(images):
+            if job.pattern is None or _is_like(image.name, job.pattern):
+                yield image
+        if job.recursive:
+            waiting[:0] = sorted(
+                child
+                for child in folder.iterdir()
+                if child.is_dir()
+                and not child.name.startswith(".")
+                and child not in images
+            )
+
+
+def _is_like(name: str, pattern: str) -> bool:
+    return fnmatchcase(name_key(name), name_key(pattern))
+
+
+def check_plan(items: Sequence[Item], folder: Path, *, overwrite: bool) -> None:
+    """Refuse before any work what could not be written, or would destroy a file.
+
+    Parameters
+    ----------
+    items : sequence of Item
+        From `plan_files` or `plan_batch`.
+    folder : Path
+        Where the results are written, or in subfolders of it.
+    overwrite : bool
+        Whether results of an earlier run may be replaced; images never are.
+
+    Raises
+    ------
+    BadInput
+        If two images would have results of the same name.
+    BadOutput
+        If a result exists, would replace an image or cannot be written.
+    """
+    _check_collisions(items, folder)
+    _check_folder(folder)
+    images = {_identity(item.image): item.image for item in items}
+    for place in (folder, *folder.absolute().parents):
+        if image := images.get(_identity(place)):
+            raise BadOutput(
+                f"The output lies inside the image {image}, which would change it; "
+                "choose another folder."
+            )
+    existing = []
+    for target in [path for item in items for path in item.outputs]:
+        _check_target(target)
+        if not os.path.lexists(target):
+            continue
+        if _identity(target) in images:
+            raise BadOutput(
+                f"{target} is one of the images, which are never overwritten; choose "
+                "another output."
+            )
+        existing.append(target)
+    if existing and not overwrite:
+        one = len(existing) == 1
+        raise BadOutput(
+            f"{few(existing)} exist{'s' * one} already; use --overwrite to replace "
+            f"{'it' if one else 'them'}, or choose another output."
+        )
+
+
+def check_batch(job: BatchJob, items: Sequence[Item], *, overwrite: bool) -> None:
+    """Do what `check_plan` does, and keep input and output apart.
+
+    Parameters
+    ----------
+    job : BatchJob
+        Where the images are and where the results go.
+    items : sequence of Item
+        From `plan_batch`.
+    overwrite : bool
+        Whether results of an earlier run may be replaced.
+
+    Raises
+    ------
+    BadInput, BadOutput
+        See `check_plan`.
+    """
+    source = _identity(job.input)
+    output = job.output.absolute()
+    if _identity(output) == source:
+        raise BadOutput(
+            f"The images and the results would lie in the same folder, {job.output}; "
+            "choose another folder for the results."
+        )
+    if job.recursive and source in map(_identity, output.resolve().parents):
+        raise BadOutput(
+            f"The output {job.output} lies inside the folder of the images, where the "
+            "results would be taken for images; choose a folder elsewhere."
+        )
+    target = _identity(output)
+    if target and target in map(_identity, job.input.resolve().parents):
+        raise BadOutput(
+            f"The folder of the images lies inside the output {job.output}, where a "
+            "result could replace an image; choose a folder elsewhere."
+        )
+    check_plan(items, job.output, overwrite=overwrite)
+
+
+def _check_collisions(items: Sequence[Item], folder: Path) -> None:
+    taken: dict[str, str] = {name_key(name): "the batch itself" for name in RESERVED}
+    folders: dict[str, str] = {}
+    for item in items:
+        for target in item.outputs:
+            below = target.relative_to(folder)
+            key = name_key(below.as_posix())
+            other = taken.setdefault(key, item.name)
+            if other != item.name:
+                raise BadInput(
+                    f"The results of {other} and {item.name} would both be named "
+                    f"{below}; rename one, or segment them into different folders."
+                )
+            for parent in list(below.parents)[:-1]:
+                folders.setdefault(name_key(parent.as_posix()), item.name)
+    for key in folders.keys() & taken.keys():
+        raise BadInput(
+            f"{key} would be both a folder of results, of {folders[key]}, and a result "
+            f"of {taken[key]}; rename one of them."
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Try to write into a folder, or where it will be made; tidy it up."""
+    from napari_unet.files.atomic import check_writable, sweep
+
+    places = (folder.absolute(), *folder.absolute().parents)
+    place = next(place for place in places if os.path.lexists(place))
+    if not os.path.isdir(place):
+        raise BadOutput(
+            f"Cannot write into {folder}: {place} is not a folder; choose another one."
+        )
+    check_writable(place)
+    if place == folder.absolute():
+        sweep(folder)
+
+
+def _check_target(target: Path) -> None:
+    from napari_unet.files.atomic import MAX_NAME_BYTES, bad_output
+
+    # An OME-Zarr is a folder, and may be there from an earlier run.
+    if os.path.isdir(target) and target.suffix != ".zarr":
+        raise bad_output(target, IsADirectoryError(errno.EISDIR, ""))
+    if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
+        raise bad_output(target, OSError(errno.ENAMETOOLONG, ""))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what two names of one file have in common; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

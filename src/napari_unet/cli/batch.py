@@ -1,0 +1,245 @@
+"""The command ``napari-unet batch``: a folder in, a folder out."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from napari_unet.cli.options import (
+    Augment,
+    Axes,
+    Channels,
+    Device,
+    KeepProbabilities,
+    MinimalSize,
+    Overwrite,
+    PixelSize,
+    PrecisionOption,
+    Quiet,
+    Split,
+    Threshold,
+    TileSide,
+    settings_of,
+)
+from napari_unet.cli.progress import follow
+from napari_unet.cli.words import duration, one_line
+from napari_unet.errors import Cancelled
+
+if TYPE_CHECKING:
+    from napari_unet.batch.folder import BatchProgress
+    from napari_unet.batch.job import BatchJob
+
+__all__ = ["batch"]
+
+
+class _Format(StrEnum):
+    TIF = "tif"
+    OME_TIF = "ome.tif"
+    OME_ZARR = "ome.zarr"
+
+
+_Input = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="IN_DIR",
+        help="Folder of images: TIFF, OME-TIFF, OME-Zarr, PNG, JPEG, BMP. They are "
+        "never changed.",
+        show_default=False,
+    ),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="OUT_DIR",
+        help="Folder of the results, which is made if needed and in which they are "
+        "named like the images.",
+        show_default=False,
+    ),
+]
+_ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Name of a model (see napari-unet models list) or path of its file.",
+    ),
+]
+_Pattern = Annotated[
+    str | None,
+    typer.Option(
+        metavar="'*_dapi.tif'", help="Only images with such names, upper case or lower."
+    ),
+]
+_Recursive = Annotated[
+    bool,
+    typer.Option(
+        "--recursive", "-r", help="Go into subfolders, which the results mirror."
+    ),
+]
+_FormatOption = Annotated[
+    _Format | None,
+    typer.Option(
+        "--format", help="Of labels and probabilities; tif (ImageJ's) by default."
+    ),
+]
+_Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Measure each object; all measurements go into measurements.csv.",
+    ),
+]
+_JobFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--job",
+        metavar="job.yaml",
+        help="Repeat a batch: the file lies in its output. What is given besides wins "
+        "over what it says.",
+    ),
+]
+_Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on after an interruption: leave out what is done with the same model, "
+        "settings and versions and has not changed.",
+    ),
+]
+
+
+def batch(
+    input_folder: _Input = None,
+    output_folder: _Output = None,
+    model: _ModelName = None,
+    pattern: _Pattern = None,
+    recursive: _Recursive = False,
+    output_format: _FormatOption = None,
+    probabilities: KeepProbabilities = False,
+    measure: _Measure = False,
+    job: _JobFile = None,
+    resume: _Resume = False,
+    overwrite: Overwrite = False,
+    axes: Axes = None,
+    channels: Channels = None,
+    pixel_size: PixelSize = None,
+    device: Device = None,
+    threshold: Threshold = None,
+    minimal_size: MinimalSize = None,
+    split_touching: Split = None,
+    tile: TileSide = None,
+    test_time_augmentation: Augment = False,
+    precision: PrecisionOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the objects in a folder of images, unattended.
+
+    Besides a label image for each image, OUT_DIR gets tables, a report that opens in
+    a browser, and job.yaml, which repeats the batch. One bad image is recorded, and
+    the others go on; the exit code is then 3. Whatever happens, what is finished is
+    kept, and --resume does the rest.
+
+    Example: napari-unet batch cells/ results/ -m nuclei --measure
+    """
+    settings = settings_of(
+        channels=channels,
+        device=device,
+        threshold=threshold,
+        minimal_size=minimal_size,
+        split_touching=split_touching,
+        tile=tile,
+        test_time_augmentation=test_time_augmentation,
+        precision=precision,
+    )
+    given = {
+        "input": input_folder,
+        "output": output_folder,
+        "model": model,
+        "pattern": pattern,
+        "recursive": recursive or None,
+        "format": output_format.value if output_format else None,
+        "probabilities": probabilities or None,
+        "measure": measure or None,
+        "axes": axes,
+        "pixel_size": pixel_size,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    told = _job(job, given, settings)
+    _run(told, resume=resume, overwrite=overwrite, quiet=quiet)
+
+
+def _job(
+    path: Path | None, given: dict[str, Any], settings: dict[str, Any]
+) -> BatchJob:
+    """Make a job of the options, and of a file if there is one."""
+    from napari_unet.batch.job import BatchJob, SegmentSettings
+
+    if path is None:
+        needed = {"input": "IN_DIR", "output": "OUT_DIR", "model": "--model"}
+        missing = [text for name, text in needed.items() if name not in given]
+        if missing:
+            raise typer.BadParameter(
+                f"{' and '.join(missing)} missing; or give a job with --job."
+            )
+        return BatchJob(**given, settings=SegmentSettings(**settings))
+    loaded = BatchJob.load(path)
+    merged = loaded.settings.model_copy(update=settings)
+    if "model" in given:
+        given["model_sha256"] = ""
+    return loaded.model_copy(update={**given, "settings": merged})
+
+
+def _run(job: BatchJob, *, resume: bool, overwrite: bool, quiet: bool) -> None:
+    from napari_unet.batch.folder import batch_steps
+
+    lines = _Lines(quiet)
+    try:
+        report = follow(
+            batch_steps(job, resume=resume, overwrite=overwrite),
+            "Batch",
+            unit="bytes",
+            quiet=quiet,
+            bar_format="{percentage:3.0f}%|{bar:20}| {remaining} left, {desc}",
+            on_step=lines.tell,
+        )
+    except KeyboardInterrupt:
+        raise Cancelled(
+            "Stopped by Ctrl-C. What is finished is kept; the same command with "
+            "--resume goes on."
+        ) from None
+    if report.error:
+        raise report.error
+    if not quiet:
+        typer.echo(one_line(f"{len(report.entries)} images: {report.report}"))
+
+
+class _Lines:
+    """What is said while a batch runs: a line for each file, notes once."""
+
+    def __init__(self, quiet: bool):
+        self._quiet = quiet
+
+    def tell(self, step: BatchProgress, bar: Any) -> None:
+        """Describe a step in the bar, and above it what is new."""
+        bar.set_description_str(one_line(step.message), refresh=False)
+        entry = step.entry
+        if step.note:
+            self._write(f"Note: {step.note}", sys.stderr)
+        if entry is None:
+            return
+        if step.status == "done":
+            seconds = duration(entry.seconds)
+            self._write(f"{entry.name}: {entry.found}, {seconds}", sys.stdout)
+        elif step.status == "failed":
+            self._write(f"Failed: {entry.name}: {entry.reason}", sys.stderr, True)
+
+    def _write(self, text: str, file: Any, always: bool = False) -> None:
+        from tqdm import tqdm
+
+        if always or not self._quiet:
+            tqdm.write(one_line(text), file=file)
