@@ -61,7 +61,7 @@ class TuneDesk:
         self.dock = FineTuneWidget(viewer, session)
         viewer.window.add_dock_widget(self.segment, name="Segment")
         viewer.window.add_dock_widget(self.dock, name="Fine-tune", tabify=True)
-        self.job = self.dock._job
+        self.job = self.dock._learning.job
         options = self.dock._options
         options.device.value = "cpu"
         options.steps.value, options.every.value = 40, 20
@@ -71,7 +71,7 @@ class TuneDesk:
         self.qtbot.waitUntil(holds, timeout=int(1000 * seconds))
 
     def survey(self) -> None:
-        self.wait_until(lambda: not self.dock._survey_later.is_busy)
+        self.wait_until(lambda: not self.dock._survey.later.is_busy)
 
     def add_cells(self, name: str = "cells"):
         image, self.truth = cells()
@@ -95,7 +95,7 @@ class TuneDesk:
         assert self.job.cancel.isEnabled()
 
     def wait_for_step(self, number: int = 1) -> None:
-        self.wait_until(lambda: len(self.dock._outcome.plot.losses) >= number)
+        self.wait_until(lambda: len(self.dock._learning.outcome.plot.losses) >= number)
 
     def wait_for_end(self, seconds: float = 90) -> None:
         self.wait_until(lambda: not self.job.cancel.isEnabled(), seconds)
@@ -204,12 +204,12 @@ def test_paint_box_train_use_segment(desk):
     assert gaps.longest < 0.2
     assert "'weak-mine' is in the library" in on.status
     assert on.session.model is base
-    assert len(on.dock._outcome.plot.losses) == 40
-    assert [step for step, *_ in on.dock._outcome.plot.scores] == [0, 20, 40]
+    assert len(on.dock._learning.outcome.plot.losses) == 40
+    assert [step for step, *_ in on.dock._learning.outcome.plot.scores] == [0, 20, 40]
     preview = on.viewer.layers["cells preview"]
     assert preview.data.max() > 0
-    assert "→" in on.dock._outcome.held_out.text()
-    on.dock._outcome.use.click()
+    assert "→" in on.dock._learning.outcome.held_out.text()
+    on.dock._learning.outcome.use.click()
     assert on.session.model is not base
     assert on.session.source == "weak-mine"
     assert on.segment._chooser.chosen == "weak-mine"
@@ -299,7 +299,7 @@ def test_regions_in_other_places_and_shapes(desk):
     panel._regions.activated.emit(1)
     pair = panel.current()
     assert pair.regions is shapes
-    annotation = panel.read(pair, on.dock._meaning(), copy=False)
+    annotation = panel.read(pair, on.dock._meaning())
     corners = np.asarray(annotation.regions[0])
     np.testing.assert_allclose(corners.min(0), 0, atol=1e-5)
     np.testing.assert_allclose(corners.max(0), 80, atol=1e-5)
@@ -317,15 +317,15 @@ def test_cancel_leaves_nothing(desk):
     started = time.monotonic()
     on.job.cancel.click()
     assert "Cancelled" in on.status
-    seen = len(on.dock._outcome.plot.losses)
+    seen = len(on.dock._learning.outcome.plot.losses)
     on.wait_for_end()
     assert time.monotonic() - started < 1
     # A busy computer takes its time to end a process that has loaded torch.
     on.wait_until(lambda: not children() and on.job.start.isEnabled(), 10)
-    assert len(on.dock._outcome.plot.losses) == seen
+    assert len(on.dock._learning.outcome.plot.losses) == seen
     assert library_files() == ["weak.safetensors"]
     assert on.session.model is base
-    assert not on.dock._outcome.use.isEnabled()
+    assert not on.dock._learning.outcome.use.isEnabled()
     on.dock._options.steps.value = 2  # the second click works
     on.train()
     on.wait_for_end()
@@ -344,9 +344,9 @@ def test_cancel_while_it_starts_or_is_paused(desk, pause):
         on.job.pause.click()
         on.wait_until(lambda: on.job.pause.text() == "Resume")
         on.qtbot.wait(300)
-        count = len(on.dock._outcome.plot.losses)
+        count = len(on.dock._learning.outcome.plot.losses)
         on.qtbot.wait(500)
-        assert len(on.dock._outcome.plot.losses) == count
+        assert len(on.dock._learning.outcome.plot.losses) == count
         assert "Paused" in on.status
         on.job.pause.click()
         on.wait_for_step(count + 2)
@@ -394,7 +394,7 @@ def test_painting_during_the_training_changes_nothing(desk):
             labels.paint((80, 80), 70)
             labels.data[:40] = 0
         on.wait_for_end()
-        on.dock._outcome.keep.click()
+        on.dock._learning.outcome.keep.click()
         digests.append(load_model("weak-mine").passport.history[-1].data_sha256)
         (library_dir() / "weak-mine.safetensors").unlink()
     assert digests[0] == digests[1] != ""
@@ -430,11 +430,11 @@ def test_keep_old_leaves_the_model(desk):
     base = on.session.model
     on.train()
     on.wait_for_end()
-    assert on.dock._outcome.keep.isEnabled()
-    on.dock._outcome.keep.click()
+    assert on.dock._learning.outcome.keep.isEnabled()
+    on.dock._learning.outcome.keep.click()
     assert on.session.model is base
     assert "The old model stays" in on.status
-    assert not on.dock._outcome.use.isEnabled()
+    assert not on.dock._learning.outcome.use.isEnabled()
     assert "weak-mine" in list_models()
     assert on.dock._name.text() == "weak-mine-2"
     # At once in the other dock's list, which is read when it is opened.
@@ -566,9 +566,9 @@ dock._options.steps.value = 100_000
 dock._options.device.value = "cpu"
 
 def go():
-    if dock._worker is None:
-        dock._job.start.click()
-    elif len(dock._outcome.plot.losses) >= 3:
+    if not dock._learning.is_running:
+        dock._learning.job.start.click()
+    elif len(dock._learning.outcome.plot.losses) >= 3:
         timer.stop()
         print(children()[0].pid, flush=True)
         viewer.close()

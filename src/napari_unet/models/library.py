@@ -18,14 +18,18 @@ BUNDLED = Path(__file__).parent / "bundled"
 SUFFIX = ".safetensors"
 
 
-def library_dir() -> Path:
-    """Return the folder of the user's own models (it may not exist yet).
+def data_dir() -> Path:
+    """Return the folder of all that is kept for the user (it may not exist yet).
 
     ``NAPARI_UNET_HOME`` overrides the platform's user data folder.
     """
     home = os.environ.get("NAPARI_UNET_HOME")
-    base = Path(home) if home else platformdirs.user_data_path("napari-unet", False)
-    return base / "models"
+    return Path(home) if home else platformdirs.user_data_path("napari-unet", False)
+
+
+def library_dir() -> Path:
+    """Return the folder of the user's own models (it may not exist yet)."""
+    return data_dir() / "models"
 
 
 def list_models() -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from napari.layers import Labels, Shapes
@@ -22,11 +23,12 @@ from napari_unet.widgets._dock import heading, narrow, text_label, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import napari.viewer
     from napari.layers import Image, Layer
 
+    from napari_unet.models.model import Model
     from napari_unet.training.annotations import Annotation
 
 UNPAINTED = {
@@ -46,7 +48,9 @@ class AnnotationPanel(QWidget):
     unpainted : str
         "background" or "unknown", to begin with.
     on_change : callable
-        Called whenever something is painted, drawn or chosen.
+        Called whenever something is shown differently, or edited.
+    on_edit : callable
+        Called before that when something is painted, drawn or paired.
     on_words : callable
         Gets a sentence after a button was clicked.
     """
@@ -56,11 +60,13 @@ class AnnotationPanel(QWidget):
         viewer: napari.viewer.Viewer,
         unpainted: str,
         on_change: Callable[[], None],
+        on_edit: Callable[[], None],
         on_words: Callable[[str], None],
     ):
         super().__init__()
         self._viewer = viewer
         self._on_change = on_change
+        self._edited = on_edit
         self._on_words = on_words
         self.pairs = _pairs.Pairs(viewer)
         self._ready = False
@@ -130,7 +136,7 @@ class AnnotationPanel(QWidget):
             button.setObjectName(name)
             button.setToolTip(tip)
             button.setChecked(name == (wanted if wanted in UNPAINTED else "background"))
-            button.toggled.connect(lambda on: self._on_change() if on else None)
+            button.toggled.connect(lambda on: self._on_edit() if on else None)
             self._unpainted.addButton(button)
             row.addWidget(button)
         row.addStretch(1)
@@ -158,26 +164,27 @@ class AnnotationPanel(QWidget):
         image = self.image.layer
         return next((p for p in self.pairs.all() if p.image is image), None)
 
-    def read(
-        self, pair: _pairs.Pair, meaning: _pairs.Meaning, *, copy: bool
-    ) -> Annotation:
+    def read(self, pair: _pairs.Pair, meaning: _pairs.Meaning) -> Annotation:
         """Read the layers of a pair."""
-        return _pairs.read_pair(
-            pair, self.image.axes_of(pair.image), meaning, copy=copy
-        )
+        return _pairs.read_pair(pair, self.image.axes_of(pair.image), meaning)
 
-    def show_counts(
-        self,
-        pairs: list[_pairs.Pair],
-        counts: list[int | None],
-        meaning: _pairs.Meaning,
-    ) -> None:
-        """List the pairs with what is in them."""
-        lines = [
-            _pairs.describe(pair, count, meaning)
-            for pair, count in zip(pairs, counts, strict=True)
-        ]
-        self.listed.setText("\n".join(lines))
+    def read_for(
+        self, pair: _pairs.Pair, meaning: _pairs.Meaning, model: Model | None
+    ) -> Annotation:
+        """Read a pair with the channels that were chosen for a model."""
+        pixels, axes = self.image.input_of(pair.image, model)
+        return replace(self.read(pair, meaning), image=pixels, axes=axes)
+
+    def show_annotations(self, annotations: Sequence[Annotation]) -> list[Image]:
+        """Add the layers of annotations, paired; return those of the images."""
+        shown = []
+        for annotation in annotations:
+            pair = _pairs.show_pair(self._viewer, annotation)
+            self.pairs.set_labels(pair.image, pair.labels)
+            self.pairs.set_regions(pair.image, pair.regions)
+            shown.append(pair.image)
+        self._update()
+        return shown
 
     # --- what happens -------------------------------------------------------------
 
@@ -187,6 +194,7 @@ class AnnotationPanel(QWidget):
 
     @while_alive
     def _on_edit(self, event: Any = None) -> None:
+        self._edited()
         self._on_change()
 
     @while_alive
@@ -253,12 +261,14 @@ class AnnotationPanel(QWidget):
         if image is not None:
             self.pairs.set_labels(image, self._labels.currentData())
             self._update()
+            self._edited()
 
     def _choose_regions(self) -> None:
         image = self.image.layer
         if image is not None:
             self.pairs.set_regions(image, self._regions.currentData())
             self._update()
+            self._edited()
 
     def _start(self) -> Image | None:
         image = self.image.layer
@@ -270,6 +280,7 @@ class AnnotationPanel(QWidget):
             )
             self.pairs.set_labels(image, labels)
             self._update()
+            self._edited()
             self._on_words(words)
         return image
 
@@ -279,8 +290,8 @@ class AnnotationPanel(QWidget):
             return
         regions = self.pairs.regions_of(image)
         if regions is None:
-            axes = self.image.axes_of(image)
-            regions = _pairs.make_regions(self._viewer, image, axes)
+            space = _layers.label_space(image, self.image.axes_of(image))
+            regions = _pairs.make_regions(self._viewer, image.name, space)
             self.pairs.set_regions(image, regions)
             self._update()
         _pairs.draw_rectangles(self._viewer, regions)

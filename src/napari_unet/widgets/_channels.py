@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -40,6 +41,10 @@ class ChannelChoosers:
         self._on_change = on_change
         self._boxes: list[QComboBox] = []
         self._shown: object = None
+        # What was chosen last: channels for all images that have some, else layers.
+        self._numbers: tuple[int, ...] = ()
+        self._layers: weakref.WeakKeyDictionary[Image, tuple[Any, ...]]
+        self._layers = weakref.WeakKeyDictionary()
 
     def update(
         self,
@@ -69,8 +74,22 @@ class ChannelChoosers:
             for box in self._boxes:
                 for index, (text, _) in enumerate(options):
                     box.setItemText(index, text)
-            return
-        self._shown = (names, items)
+        else:
+            self._shown = (names, items)
+            self._show(names, options, layer)
+        numbers = [item for item in self.chosen if isinstance(item, int)]
+        if numbers:
+            self._numbers = tuple(numbers)
+        elif self.chosen and layer is not None:
+            self._layers[layer] = self.chosen
+
+    def _show(
+        self,
+        names: tuple[str, ...],
+        options: list[tuple[str, Any]],
+        layer: Image | None,
+    ) -> None:
+        items = [data for _, data in options]
         before = self.chosen
         for box in self._boxes:
             self._form.removeRow(box)
@@ -93,17 +112,47 @@ class ChannelChoosers:
         """Channel numbers or layers, in the model's order."""
         return tuple(box.currentData() for box in self._boxes)
 
-    def resolve(self, image: Any, axes: str) -> tuple[Any, str, list[int] | None]:
-        """Return the image, its axes and the chosen channels for the engine."""
-        chosen = list(self.chosen)
-        if not chosen:
-            return image, axes, None
-        numbers = [item for item in chosen if isinstance(item, int)]
-        if numbers:
-            return image, axes, numbers
-        arrays = [image_array(layer) for layer in chosen]
-        if any(array.shape != image.shape for array in arrays):
-            raise BadInput("The channel layers differ in size; choose others.")
-        lazy = not all(isinstance(array, np.ndarray) for array in arrays)
-        stacked = da.stack(arrays) if lazy else np.stack(arrays)
-        return stacked, "C" + axes, None
+    def chosen_for(
+        self, layer: Image, axes: str, model: Model | None
+    ) -> tuple[object, ...]:
+        """Return the choice for any image, without rows for it being shown.
+
+        A choice of channels holds for all images. What was never asked is what would
+        be proposed.
+        """
+        wanted = 0 if model is None else len(model.passport.channels)
+        if "C" not in axes:
+            layers = self._layers.get(layer, ())
+            return layers if len(layers) == wanted else ()
+        count = image_array(layer).shape[axes.index("C")]
+        if count == wanted:
+            return ()
+        if len(self._numbers) == wanted and max(self._numbers, default=0) < count:
+            return self._numbers
+        return tuple(index % count for index in range(wanted))
+
+
+def resolve(
+    image: Any, axes: str, chosen: tuple[object, ...]
+) -> tuple[Any, str, list[int] | None]:
+    """Return the image, its axes and the chosen channels for the engine."""
+    if not chosen:
+        return image, axes, None
+    numbers = [item for item in chosen if isinstance(item, int)]
+    if numbers:
+        return image, axes, numbers
+    arrays = [image_array(layer) for layer in chosen]
+    if any(array.shape != image.shape for array in arrays):
+        raise BadInput("The channel layers differ in size; choose others.")
+    lazy = not all(isinstance(array, np.ndarray) for array in arrays)
+    stacked = da.stack(arrays) if lazy else np.stack(arrays)
+    return stacked, "C" + axes, None
+
+
+def take_channels(image: Any, axes: str, numbers: list[int]) -> tuple[Any, str]:
+    """Return some channels of an image, lazily, and its axes."""
+    before = (slice(None),) * axes.index("C")
+    if len(numbers) == 1:
+        return image[(*before, numbers[0])], axes.replace("C", "")
+    lazy = da.from_array(image, name=False) if isinstance(image, np.ndarray) else image
+    return lazy[(*before, numbers)], axes

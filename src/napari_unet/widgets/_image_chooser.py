@@ -12,7 +12,7 @@ from superqt.utils import signals_blocked
 from napari_unet.errors import BadInput
 from napari_unet.inference.source import open_source
 from napari_unet.widgets import _layers
-from napari_unet.widgets._channels import ChannelChoosers
+from napari_unet.widgets._channels import ChannelChoosers, resolve, take_channels
 from napari_unet.widgets._dock import narrow, while_alive
 
 if TYPE_CHECKING:
@@ -103,7 +103,17 @@ class ImageChooser(QObject):
                 if layer.rgb
                 else "Only an RGB layer has an axis S; use C for channels."
             )
-        return self._channels.resolve(_layers.image_array(layer), self.axes)
+        return resolve(_layers.image_array(layer), self.axes, self.channels)
+
+    def input_of(self, layer: Image, model: Model | None) -> tuple[Any, str]:
+        """Return the pixels of any image that a model gets, and their axes.
+
+        Without a model these are all.
+        """
+        axes = self.axes_of(layer)
+        chosen = self._channels.chosen_for(layer, axes, model)
+        image, axes, numbers = resolve(_layers.image_array(layer), axes, chosen)
+        return take_channels(image, axes, numbers) if numbers else (image, axes)
 
     def check(self, model: Model) -> None:
         """Raise `BadInput` in words if the image does not fit the model."""

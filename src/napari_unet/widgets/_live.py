@@ -130,6 +130,10 @@ class Previews:
         self._images = [weakref.ref(image) for image in images]
         self._axes = [self._chooser.axes_of(image) for image in images]
         self._ndim = ndim
+        return self.begin_again()
+
+    def begin_again(self) -> View | None:
+        """Go on with the same images."""
         self._view = None
         return self.next_view()
 

@@ -106,6 +106,26 @@ class ModelChooser(QWidget):
         self._fill(path)
         self._load()
 
+    def choose(self, name: str, ndim: int) -> None:
+        """Choose as the user does.
+
+        Parameters
+        ----------
+        name : str
+            In the library, or the path of a checkpoint; "" for a new network.
+        ndim : int
+            Of a new network.
+        """
+        if name and name == self.loaded:
+            self._fill(name)
+            self._on_change()
+        elif name:
+            self.open_checkpoint(name)
+        else:
+            new = next(text for text, number in NEW_NETWORKS.items() if number == ndim)
+            self._list.setCurrentText(new)
+            self._load()
+
     def _fill(self, wanted: str) -> None:
         """List the library, the files that were opened, and what is wanted."""
         models = list_models()

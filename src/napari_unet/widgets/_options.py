@@ -229,6 +229,28 @@ class TrainingOptions(QWidget):
             device=self.device.value,
         )
 
+    def show_settings(self, settings: TrainingSettings) -> None:
+        """Choose what a training was told, as far as it can be chosen here."""
+        border, vary = settings.border_weights, settings.augmentation
+        shown = {
+            "preset": "none" if border is None else border.preset,
+            "loss": settings.loss,
+            "flips": vary.flips,
+            "rotation": vary.rotation,
+            "scale": vary.scale,
+            "elastic": vary.elastic_sigma,
+            "gray": any(getattr(vary, name) != off for name, off in _GRAY.items()),
+            "steps": settings.steps,
+            "every": settings.validate_every,
+            "rate": settings.learning_rate or 0,
+            "method": settings.preset,
+            "freeze": settings.freeze_encoder,
+            "device": settings.device,
+        }
+        self._restore(shown)
+        if border is not None:  # after the preset, which has its own
+            self._restore({"w0": border.w0, "sigma": border.sigma})
+
     def _named(self) -> dict[str, Any]:
         names = (
             "labels_are preset w0 sigma loss flips rotation scale elastic gray steps "

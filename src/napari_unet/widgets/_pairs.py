@@ -7,22 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from napari.layers import Labels, Shapes
+from napari.layers import Image, Labels, Shapes
 
-from napari_unet.errors import BadInput
-from napari_unet.steps import Progress
-from napari_unet.training.annotations import Annotation, find_problems, known_pixels
+from napari_unet.training.annotations import Annotation
 from napari_unet.widgets import _layers
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
-    from napari.layers import Image
     from napari.viewer import Viewer
     from numpy.typing import NDArray
 
 _ELLIPSE_CORNERS = 64
-_WORDS = {"objects": ("object", "objects"), "classes": ("class", "classes")}
 
 
 @dataclass(frozen=True)
@@ -40,14 +36,6 @@ class Meaning:
 
     unpainted: Literal["background", "unknown"] = "background"
     labels_are: Literal["objects", "classes"] = "objects"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What is wrong with annotations, and how much is painted in each."""
-
-    problems: list[str]
-    counts: list[int | None]
 
 
 class Pairs:
@@ -123,12 +111,21 @@ def make_annotation(viewer: Viewer, image: Image, axes: str) -> tuple[Labels, st
     return labels, words
 
 
-def make_regions(viewer: Viewer, image: Image, axes: str) -> Shapes:
-    """Add a layer in which rectangles can be drawn on an image at once."""
-    space = _layers.label_space(image, axes)
+def make_regions(viewer: Viewer, name: str, space: dict[str, Any]) -> Shapes:
+    """Add a layer in which rectangles can be drawn on an image at once.
+
+    Parameters
+    ----------
+    viewer : Viewer
+        Gets the layer.
+    name : str
+        Of the image.
+    space : dict
+        From `label_space`.
+    """
     regions = Shapes(
         ndim=len(space["scale"]),
-        name=f"{image.name} regions",
+        name=f"{name} regions",
         face_color="transparent",
         edge_color="yellow",
         edge_width=2,
@@ -147,15 +144,21 @@ def draw_rectangles(viewer: Viewer, regions: Shapes) -> None:
 
 def region_vertices(regions: Shapes, labels: Labels) -> list[NDArray]:
     """Return boxes and polygons in pixels of the labels, wherever they are drawn."""
+    ndim = regions.ndim
+    # The way from one layer to the other is affine: a few points tell all of it.
+    points = [
+        labels.world_to_data(regions.data_to_world(point))
+        for point in np.vstack([np.zeros(ndim), np.eye(ndim)])
+    ]
+    moved = np.asarray(points, float)[:, -ndim:]
     found = []
     kinds: Sequence[str] = regions.shape_type
     for vertices, kind in zip(regions.data, kinds, strict=True):
         corners = np.asarray(vertices, float)
         if kind == "ellipse":
             corners = _ellipse(corners)
-        pixels = [labels.world_to_data(regions.data_to_world(c)) for c in corners]
         # A box stays a box: the way there and back is exact to rounding only.
-        found.append(np.round(np.asarray(pixels), 6)[:, -regions.ndim :])
+        found.append(np.round(moved[0] + corners @ (moved[1:] - moved[0]), 6))
     return found
 
 
@@ -166,8 +169,8 @@ def _ellipse(corners: NDArray) -> NDArray:
     return outline
 
 
-def read_pair(pair: Pair, axes: str, meaning: Meaning, *, copy: bool) -> Annotation:
-    """Read the layers, on the main thread.
+def read_pair(pair: Pair, axes: str, meaning: Meaning) -> Annotation:
+    """Read the layers, on the main thread; the arrays are the layers' own.
 
     Parameters
     ----------
@@ -177,18 +180,15 @@ def read_pair(pair: Pair, axes: str, meaning: Meaning, *, copy: bool) -> Annotat
         Of the image layer.
     meaning : Meaning
         Of the labels.
-    copy : bool
-        Whether the labels are copied, so that painting may go on.
 
     Returns
     -------
     Annotation
     """
-    labels = np.asarray(pair.labels.data)
     regions = pair.regions
     return Annotation(
         _layers.image_array(pair.image),
-        labels.copy() if copy else labels,
+        pair.labels.data,
         [] if regions is None else region_vertices(regions, pair.labels),
         axes=axes,
         pixel_size=_layers.pixel_size(pair.image, axes),
@@ -198,44 +198,78 @@ def read_pair(pair: Pair, axes: str, meaning: Meaning, *, copy: bool) -> Annotat
     )
 
 
-def survey_steps(
-    annotations: Sequence[Annotation],
-) -> Generator[Progress, None, Survey]:
-    """Look for problems, and count what is painted."""
-    yield Progress(0, 1, "looking at the annotations")
-    problems = find_problems(annotations)
-    return Survey(problems, [_count(annotation) for annotation in annotations])
+def show_pair(viewer: Viewer, annotation: Annotation) -> Pair:
+    """Add the layers of an annotation.
+
+    Parameters
+    ----------
+    viewer : Viewer
+        Layers that are there stay.
+    annotation : Annotation
+        Its arrays become the layers' own.
+
+    Returns
+    -------
+    Pair
+    """
+    axes, pixels = annotation.image_axes, annotation.image
+    letters, sizes = axes.replace("S", ""), annotation.pixel_size
+    if "S" in axes:
+        pixels = np.moveaxis(pixels, axes.index("S"), -1)
+    image = Image(
+        pixels,
+        name=annotation.name or "image",
+        rgb="S" in axes,
+        scale=[sizes.get(axis, 1) for axis in letters],
+        units=["um" if axis in sizes else "pixel" for axis in letters],
+        axis_labels=list(letters.lower()),
+    )
+    viewer.add_layer(image)
+    painted = np.asarray(annotation.labels)
+    if painted.max(initial=0) < 2**31:
+        painted = painted.astype(np.int32)  # room for more objects
+    space = _layers.label_space(image, axes)
+    labels = Labels(painted, name=f"{image.name} annotations", **space)
+    viewer.add_layer(labels)
+    regions = _show_regions(viewer, annotation, labels) if annotation.regions else None
+    viewer.layers.selection.active = labels
+    return Pair(image, labels, regions)
 
 
-def _count(annotation: Annotation) -> int | None:
-    try:
-        known = known_pixels(annotation)
-    except BadInput:
-        return None
-    labels = np.asarray(annotation.labels)
-    if known.shape != labels.shape:
-        return None
-    values = np.unique(labels[known])
-    return int(np.count_nonzero(values > (1 if annotation.are_scribbles else 0)))
+def _show_regions(viewer: Viewer, annotation: Annotation, labels: Labels) -> Shapes:
+    outlines = [np.asarray(outline, float) for outline in annotation.regions]
+    ndim = max(outline.shape[1] for outline in outlines)
+    space = {
+        "scale": labels.scale[-ndim:],
+        "units": labels.units[-ndim:],
+        "axis_labels": labels.axis_labels[-ndim:],
+    }
+    regions = make_regions(viewer, annotation.name or "image", space)
+    # Those that lack an axis hold at each of its positions.
+    full = [
+        np.hstack([np.tile(index, (len(outline), 1)), outline])
+        for outline in outlines
+        for index in np.ndindex(labels.data.shape[-ndim:][: ndim - outline.shape[1]])
+    ]
+    regions.add(full, shape_type=[_shape_type(outline) for outline in full])
+    return regions
 
 
-def describe(pair: Pair, count: int | None, meaning: Meaning) -> str:
-    """Say in a line what is annotated where."""
-    parts = [f"{pair.image.name} ← {pair.labels.name}"]
-    if pair.regions is not None:
-        number = len(pair.regions.data)
-        parts.append(f"{number} region{'s' * (number != 1)}")
-    if count is not None:
-        one, many = _WORDS[meaning.labels_are]
-        parts.append(f"{count} {one if count == 1 else many}")
-    return " · ".join(parts)
+def _shape_type(outline: NDArray) -> str:
+    """Tell a box, whose corners can be dragged, from other polygons."""
+    is_box = (
+        len(outline) == 4
+        and np.array_equal(outline[0] + outline[2], outline[1] + outline[3])
+        and all(len(set(column)) <= 2 for column in outline.T)
+    )
+    return "rectangle" if is_box else "polygon"
 
 
 def cut_plane(annotation: Annotation, region: dict[str, slice]) -> Annotation:
     """Return the annotation of one plane or volume, without its image."""
     axes = annotation.label_axes
     box = tuple(region.get(axis, slice(None)) for axis in axes)
-    labels = np.array(np.asarray(annotation.labels)[box])
+    labels = np.array(annotation.labels[box])
     regions = []
     for vertices in annotation.regions:
         moved = np.array(vertices, float)

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from napari_unet.files.atomic import check_writable
+from napari_unet.errors import BadInput, BadModel, BadOutput
+from napari_unet.files.atomic import check_writable, sweep
 from napari_unet.models.checkpoint import save_model
-from napari_unet.models.library import SUFFIX, library_dir, list_models, load_model
-from napari_unet.models.model import Model, default_passport
-from napari_unet.network.unet import UNet
-from napari_unet.steps import ChildSteps, in_child
-from napari_unet.training.fine_tune import fine_tune_file_steps
-from napari_unet.training.settings import TrainingSettings, TrainingStep, View
+from napari_unet.models.library import (
+    SUFFIX,
+    data_dir,
+    library_dir,
+    list_models,
+    load_model,
+)
+from napari_unet.models.model import Model
+from napari_unet.steps import ChildSteps, Progress, in_child
+from napari_unet.training.fine_tune import fine_tune_project_steps
+from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, save_project_steps
+from napari_unet.training.project_file import read_document
+from napari_unet.training.settings import TrainingStep, View
+from napari_unet.training.snapshot import read_snapshot
+from napari_unet.widgets._autosave import hold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from napari_unet.training.annotations import Annotation
+    from napari_unet.training.settings import TrainingSettings
 
     Child = ChildSteps[TrainingStep, View | None, Path]
 
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+
+
+def trainings_dir() -> Path:
+    """Return the folder of what trainings work on (it may not exist yet)."""
+    return data_dir() / "trainings"
 
 
 @dataclass(frozen=True)
@@ -38,33 +53,47 @@ class LiveStep(TrainingStep):
     view: View | None = None
 
 
-class LiveTraining(Generator[LiveStep, View | None, Model]):
-    """Fine-tunes in a child process; the new model lands in the library.
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """What a new training needs.
 
     Parameters
     ----------
-    make_base : callable
-        Returns the model to start from.
-    annotations : sequence of Annotation
-        Copies, except for the pixels of the images.
+    base : Model or None
+        To start from; None for an untrained network.
+    ndim : int
+        Of an untrained network.
+    annotations : list of Annotation
+        Their arrays are copied or read in the worker.
     settings : TrainingSettings
+    """
+
+    base: Model | None
+    ndim: Literal[2, 3]
+    annotations: list[Annotation]
+    settings: TrainingSettings
+
+
+class LiveTraining(Generator[LiveStep, View | None, Model]):
+    """Fine-tunes in a child process; the new model lands in the library.
+
+    Annotations, base model and snapshots lie in a folder of their own until the
+    model is there, so that a training that was stopped can be resumed.
+
+    Parameters
+    ----------
     name : str
         Of the new model, free in the library.
+    begin : Begin or None
+        None resumes the training of that name.
     view : View or None
         What is previewed first; send others.
     """
 
-    def __init__(
-        self,
-        make_base: Callable[[], Model],
-        annotations: Sequence[Annotation],
-        settings: TrainingSettings,
-        name: str,
-        view: View | None,
-    ):
+    def __init__(self, name: str, begin: Begin | None, view: View | None):
         self._child: Child | None = None
         self._cancelled = False
-        self._steps = self._run(make_base, annotations, settings, name, view)
+        self._steps = self._run(name, begin, view)
 
     def send(self, value: View | None) -> LiveStep:
         """Do one step."""
@@ -81,46 +110,58 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
             self._child.cancel()
 
     def _run(
-        self,
-        make_base: Callable[[], Model],
-        annotations: Sequence[Annotation],
-        settings: TrainingSettings,
-        name: str,
-        view: View | None,
+        self, name: str, begin: Begin | None, view: View | None
     ) -> Generator[LiveStep, View | None, Model]:
-        total = settings.steps
-        yield LiveStep(0, total, "preparing")
-        # Lazy pixels are read here, not in the child, which may lack their source.
-        given = [replace(one, image=np.asarray(one.image)) for one in annotations]
-        folder = library_dir()
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder)
-        with TemporaryDirectory(prefix="napari-unet-") as temporary:
-            base = save_model(make_base(), Path(temporary) / f"base{SUFFIX}")
-            self._child = in_child(
-                fine_tune_file_steps,
-                base,
-                given,
-                folder / f"{name}{SUFFIX}",
-                settings,
-                name=name,
-                view=view,
+        yield LiveStep(0, 1, "preparing")
+        folder = trainings_dir() / name
+        lock = hold(folder)
+        if lock is None:
+            raise BadOutput(
+                f"{name!r} is being trained in another window. Choose another name."
             )
-            del given
-            if self._cancelled:
-                self._child.cancel()
-            with closing(self._child):
-                path = yield from self._follow(self._child, total, view)
-        yield LiveStep(total, total, "reading the new model")
-        return load_model(path)
+        try:
+            if begin is not None:
+                yield from _save_steps(folder, name, begin)
+            path = yield from self._train(folder, name, begin is None, view)
+            yield LiveStep(1, 1, "reading the new model")
+            model = load_model(path)
+            shutil.rmtree(folder, ignore_errors=True)
+            return model
+        except (BadInput, BadModel):
+            # It would end so again.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            sweep(library_dir())  # of a child that was killed while it wrote
+            if not (folder / SNAPSHOT_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+
+    def _train(
+        self, folder: Path, name: str, resume: bool, view: View | None
+    ) -> Generator[LiveStep, View | None, Path]:
+        library = library_dir()
+        library.mkdir(parents=True, exist_ok=True)
+        check_writable(library)
+        self._child = in_child(
+            fine_tune_project_steps,
+            folder,
+            library / f"{name}{SUFFIX}",
+            resume=resume,
+            view=view,
+        )
+        if self._cancelled:
+            self._child.cancel()
+        with closing(self._child):
+            return (yield from self._follow(self._child, view))
 
     def _follow(
-        self, child: Child, total: int, view: View | None
+        self, child: Child, view: View | None
     ) -> Generator[LiveStep, View | None, Path]:
         """Pass on views between steps only, so that each preview has one view."""
         waiting: View | None = None
         forward: View | None = None
-        yield LiveStep(0, total, "starting")
+        yield LiveStep(0, 1, "starting")
         while True:
             try:
                 step = child.send(forward)
@@ -134,22 +175,69 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
                 waiting = None
 
 
-def new_network(ndim: int) -> Model:
-    """Return an untrained network; it gets the images' channels in the training."""
-    network = UNet(
-        1,
-        2,
-        base_channels=32 if ndim == 2 else 16,
-        depth=4 if ndim == 2 else 3,
-        ndim=ndim,
-    )
-    passport = default_passport(network).model_copy(update={"name": "new"})
-    return Model(network.eval(), passport)
+def _save_steps(
+    folder: Path, name: str, begin: Begin
+) -> Generator[LiveStep, View | None, None]:
+    """Write down all that the training needs; nothing it uses changes any more."""
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was stopped
+    given = [replace(one, labels=np.array(one.labels)) for one in begin.annotations]
+    for step in save_project_steps(
+        folder, given, begin.settings, ndim=begin.ndim, name=name
+    ):
+        yield LiveStep(step.done, step.total, "copying the annotations")
+    if begin.base is not None:
+        save_model(begin.base, folder / BASE_FILE)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A training that can be resumed."""
+
+    name: str
+    step: int
+    steps: int
+
+
+def find_stopped_steps() -> Generator[Progress, None, Stopped | None]:
+    """Look for a training that was stopped, the last one first; tidy up the others.
+
+    Yields
+    ------
+    Progress
+        Reading a snapshot takes a moment.
+    """
+    yield Progress(0, 1, "looking for trainings that were stopped")
+    folders = list(trainings_dir().glob("*/"))
+    for folder in sorted(folders, key=_last_change, reverse=True):
+        lock = hold(folder)
+        if lock is None:
+            continue  # under way
+        try:
+            steps = read_document(folder).settings.steps
+            step = read_snapshot(folder / SNAPSHOT_FILE).snapshot.step
+            if folder.name not in list_models():
+                return Stopped(folder.name, step, steps)
+            discard_training(folder.name)
+        except BadInput:  # nothing to go on from
+            discard_training(folder.name)
+        finally:
+            lock.release()
+    return None
+
+
+def _last_change(folder: Path) -> float:
+    return folder.stat().st_mtime
+
+
+def discard_training(name: str) -> None:
+    """Delete what a training that was stopped has left."""
+    shutil.rmtree(trainings_dir() / name, ignore_errors=True)
 
 
 def free_name(base: str) -> str:
     """Propose a name for the model that is made of another one."""
-    taken = {name.casefold() for name in list_models()}
+    stopped = (folder.name for folder in trainings_dir().glob("*/"))
+    taken = {name.casefold() for name in [*list_models(), *stopped]}
     stem = re.sub(r"-mine(-\d+)?$", "", _FORBIDDEN.sub("-", base)).strip(" .") or "new"
     name, number = f"{stem}-mine", 1
     while name.casefold() in taken:

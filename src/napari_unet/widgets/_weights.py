@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from qtpy.QtCore import QObject
+from qtpy.QtCore import QObject, QTimer
 
 from napari_unet.widgets import _layers, _live, _pairs
 from napari_unet.widgets._worker import FollowUp
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from napari_unet.widgets._options import TrainingOptions
 
 DELAY = 200  # ms after the last change
+LOOK_INTERVAL = 300  # ms between two looks at what the user looks at
 
 
 class WeightMap(QObject):
@@ -56,6 +57,9 @@ class WeightMap(QObject):
         self._image: weakref.ref[Image] | None = None  # what was weighted last
         self._region: dict[str, slice] = {}
         self._later = FollowUp(self, DELAY, self._steps, self._show, on_doubt)
+        self._timer = QTimer(self)
+        self._timer.setInterval(LOOK_INTERVAL)
+        self._timer.timeout.connect(self._look)
         options.show_weights.toggled.connect(self._on_toggled)
 
     @property
@@ -68,7 +72,7 @@ class WeightMap(QObject):
         if self.is_on:
             self._later.request()
 
-    def look(self) -> None:
+    def _look(self) -> None:
         """Follow the sliders and the chosen image."""
         image = self._annotations.image.layer
         if not self.is_on or image is None:
@@ -84,8 +88,10 @@ class WeightMap(QObject):
     def _on_toggled(self, on: bool) -> None:
         self._image = None
         if on:
+            self._timer.start()
             self.request()
         else:
+            self._timer.stop()
             self._layers.clear()
 
     def _steps(self) -> Generator[Progress, None, Any] | None:
@@ -97,7 +103,7 @@ class WeightMap(QObject):
         meaning = _pairs.Meaning(
             self._annotations.unpainted, self._options.labels_are.value
         )
-        annotation = self._annotations.read(pair, meaning, copy=False)
+        annotation = self._annotations.read(pair, meaning)
         return _live.weight_steps(
             _pairs.cut_plane(annotation, region),
             self._ndim(),

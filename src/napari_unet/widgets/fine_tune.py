@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from napari.utils.notifications import show_error, show_info
-from qtpy.QtCore import QTimer
+import numpy as np
+from napari.utils.notifications import show_error
 from qtpy.QtWidgets import QLineEdit
 
 from napari_unet.errors import UnetError
-from napari_unet.files.atomic import sweep
-from napari_unet.models.library import library_dir
-from napari_unet.widgets import _live, _pairs, _session
+from napari_unet.widgets import _pairs, _session
 from napari_unet.widgets._annotations import AnnotationPanel
-from napari_unet.widgets._dock import Dock, JobRow, text_label, while_alive
+from napari_unet.widgets._autosave import Choices, Contents
+from napari_unet.widgets._dock import Dock, text_label, while_alive
+from napari_unet.widgets._learning import Learning, Plan
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._options import TrainingOptions
-from napari_unet.widgets._outcome import Outcome
-from napari_unet.widgets._training import (
-    LiveTraining,
-    free_name,
-    name_problem,
-    new_network,
-)
+from napari_unet.widgets._project import ProjectPanel
+from napari_unet.widgets._survey import Surveyor
+from napari_unet.widgets._training import Begin, free_name, name_problem
 from napari_unet.widgets._weights import WeightMap
-from napari_unet.widgets._worker import FollowUp, start_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
     import napari.viewer
-    from napari.qt.threading import GeneratorWorker
+    from napari.layers import Image
 
     from napari_unet.models.model import Model
-    from napari_unet.steps import Progress
-    from napari_unet.widgets._training import LiveStep
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.training.project import Project
 
 NAME = "Fine-tune"
-SURVEY_DELAY = 400  # ms after the last change
-LOOK_INTERVAL = 300  # ms between two looks at what the user looks at
+_COPIED_AT_ONCE = 1 << 26  # bytes of labels, in some milliseconds
 
 
 class FineTuneWidget(Dock):
@@ -62,34 +54,17 @@ class FineTuneWidget(Dock):
         super().__init__()
         self._viewer = viewer
         self._session = session
-        self._worker: GeneratorWorker | None = None
-        self._training = ""  # name of the model that is made, or was last
-        self._new: Model | None = None
-        self._notes: list[str] = []
-        self._survey: _pairs.Survey | None = None
-        self._surveyed: list[_pairs.Pair] = []
+        self._choices: tuple[Choices, _pairs.Meaning] | None = None
         self._built = False
-        self._follow_ups()
         self._build(_session.recall(NAME))
         self._built = True
         session.events.model.connect(self._on_model)
         self._propose_name()
         self.reset_choices()
+        self._learning.stopped.look()
         self._chooser.begin()
 
     # --- building ---------------------------------------------------------
-
-    def _follow_ups(self) -> None:
-        self._survey_later = FollowUp(
-            self, SURVEY_DELAY, self._survey_steps, self._on_survey, self._on_doubt
-        )
-        self._look_timer = QTimer(self)
-        self._look_timer.setInterval(LOOK_INTERVAL)
-        self._look_timer.timeout.connect(self._look)
-        # A viewer in a program that goes on does not end the workers itself.
-        running: list[GeneratorWorker] = []
-        self._running = running
-        self.destroyed.connect(partial(_quit_all, running))
 
     def _build(self, remembered: dict[str, Any]) -> None:
         form = self.add_form()
@@ -108,27 +83,42 @@ class FineTuneWidget(Dock):
             self._viewer,
             str(remembered.get("unpainted", "background")),
             self._on_change,
-            lambda words: self._job.status.setText(words),
+            lambda: self._project.changed(),
+            self._say,
         )
-        self._previews = _live.Previews(self._viewer, self._annotations.image)
         self.column.addWidget(self._annotations)
+        self._survey = Surveyor(
+            self._annotations, self._meaning, lambda: self._base_ndim, self._refresh
+        )
+        self._project = ProjectPanel(
+            self._viewer,
+            self._annotations.pairs,
+            self._contents,
+            self._show_project,
+            self._say,
+        )
+        self.column.addWidget(self._project)
         self._problems = text_label(lines=2)
         self.column.addWidget(self._problems)
-        self._job = JobRow("Train", self._train, self._cancel, self._toggle_pause)
-        self.column.addWidget(self._job)
-        self._outcome = Outcome(self._viewer, self._use_new, self._keep_old)
-        self.column.addWidget(self._outcome)
+        self._learning = Learning(
+            self._viewer,
+            self._session,
+            self._annotations.image,
+            self._plan,
+            self._refresh,
+            self._on_settled,
+        )
+        self.column.addWidget(self._learning)
         self._options = TrainingOptions(
-            dict(remembered.get("options", {})), self._on_change
+            dict(remembered.get("options", {})), self._on_options
         )
         self._weights = WeightMap(
             self._viewer,
             self._annotations,
             self._options,
             lambda: self._base_ndim,
-            self._on_doubt,
+            lambda message: self._problems.setText(f"⚠ {message}"),
         )
-        self._options.show_weights.toggled.connect(lambda _: self._look_timer_needed())
         self.column.addWidget(self._options)
         self.column.addStretch(1)
 
@@ -139,9 +129,15 @@ class FineTuneWidget(Dock):
         self._annotations.image.reset()
 
     @property
-    def _base_ndim(self) -> int:
+    def _base_ndim(self) -> Literal[2, 3]:
         model = self._session.model
-        return self._chooser.new_ndim or (model.ndim if model is not None else 2)
+        ndim = self._chooser.new_ndim or (model.ndim if model is not None else 2)
+        return 3 if ndim == 3 else 2
+
+    @property
+    def _base(self) -> Model | None:
+        """The model to start from, None for a new network."""
+        return None if self._chooser.new_ndim else self._session.model
 
     def _meaning(self) -> _pairs.Meaning:
         return _pairs.Meaning(
@@ -151,8 +147,7 @@ class FineTuneWidget(Dock):
     def _on_base(self) -> None:
         if self._built:
             self._propose_name()
-            self._refresh()
-            self._weights.request()
+            self._on_change()
 
     @while_alive
     def _on_model(self, model: Model) -> None:
@@ -165,28 +160,20 @@ class FineTuneWidget(Dock):
         base = Path(source).stem or (model.passport.name if model is not None else "")
         self._name.setText(free_name("new" if self._chooser.new_ndim else base))
 
+    def _on_options(self) -> None:
+        if self._built:
+            self._project.changed()
+            self._on_change()
+
     def _on_change(self) -> None:
         """Something was painted, drawn or chosen."""
         if self._built:
-            self._survey_later.request()
+            self._survey.later.request()
             self._weights.request()
             self._refresh()
 
-    def _survey_steps(self) -> Generator[Progress, None, _pairs.Survey]:
-        meaning = self._meaning()
-        self._surveyed = self._annotations.pairs.all()
-        return _pairs.survey_steps(
-            [self._annotations.read(p, meaning, copy=False) for p in self._surveyed]
-        )
-
-    def _on_survey(self, survey: _pairs.Survey) -> None:
-        self._survey = survey
-        meaning = self._meaning()
-        self._annotations.show_counts(self._surveyed, survey.counts, meaning)
-        self._refresh()
-
-    def _on_doubt(self, message: str) -> None:
-        self._problems.setText(f"⚠ {message}")
+    def _say(self, words: str) -> None:
+        self._learning.say(words)
 
     def _problem(self) -> str:
         """Say why Train cannot be clicked now, "" if it can."""
@@ -201,173 +188,85 @@ class FineTuneWidget(Dock):
                 "Nothing is annotated: start from the segmentation, or choose a layer "
                 "that you have painted."
             )
-        if self._survey is not None and self._survey.problems:
-            return " ".join(self._survey.problems)
-        if self._new is None and self._worker is None:
+        if self._survey.problem:
+            return self._survey.problem
+        if not self._learning.has_result and not self._learning.is_running:
             return name_problem(self._name.text().strip())
         return ""
 
     def _refresh(self) -> None:
         """Show what can be done."""
-        problem, running = self._problem(), self._worker is not None
-        self._problems.setText(f"⚠ {problem}" if problem and not running else "")
-        self._job.start.setEnabled(not running and not problem)
-        self._job.start.setToolTip(
-            "A training is under way, or just ending."
-            if running
-            else problem or "Learn from everything that is annotated above."
-        )
+        self._annotations.image.offer_channels(self._base)
+        self._note_choices()
+        self._project.refresh()
+        problem, running = self._problem(), self._learning.is_running
+        start, stopped = self._learning.job.start, self._learning.stopped
+        doubt = problem or ("" if running else self._survey.doubt)
+        self._problems.setText(f"⚠ {doubt}" if doubt and not running else "")
+        start.setEnabled(not running and not problem)
+        tip = problem or "Learn from everything that is annotated above."
+        if not problem and stopped.name == self._name.text().strip():
+            tip += "\nThe training of this name that was stopped is discarded."
+        start.setToolTip("A training is under way, or just ending." if running else tip)
+
+    # --- what is saved --------------------------------------------------------------
+
+    def _note_choices(self) -> None:
+        """Remember what is chosen: what is saved at the end is read without Qt."""
+        try:
+            settings = self._options.settings()
+        except ValueError:
+            return  # as before
+        base, name = self._chooser.chosen, self._name.text().strip()
+        choices = Choices(settings, base, self._base_ndim, name)
+        self._choices = choices, self._meaning()
+
+    def _contents(self) -> Contents | None:
+        pairs = self._annotations.pairs.all()
+        if not pairs or self._choices is None:
+            return None
+        choices, meaning = self._choices
+        annotations = [self._annotations.read(pair, meaning) for pair in pairs]
+        return Contents([pair.image for pair in pairs], annotations, choices)
+
+    def _show_project(self, project: Project) -> list[Image]:
+        """Put a project into the viewer and its choices into the dock."""
+        images = self._annotations.show_annotations(project.annotations)
+        for annotation in project.annotations[:1]:
+            self._annotations.choose_unpainted(annotation.unpainted)
+            self._options.labels_are.value = annotation.labels_are
+        self._options.show_settings(project.settings)
+        self._chooser.choose(project.base, project.ndim)
+        if project.name and not name_problem(project.name):
+            self._name.setText(project.name)
+        self._refresh()
+        return images
 
     # --- training -----------------------------------------------------------------
 
-    def _train(self) -> None:
-        if self._worker is not None or self._problem():
-            return
-        if self._new is not None:
-            self._keep_old()
+    def _plan(self) -> Plan | None:
+        """Read everything at a click on Train."""
         name = self._name.text().strip()
-        if problem := name_problem(name):
+        if problem := self._problem() or name_problem(name):
             show_error(problem)
-            return
+            return None
         meaning, panel = self._meaning(), self._annotations
         pairs = panel.pairs.all()
         try:
-            annotations = [panel.read(pair, meaning, copy=True) for pair in pairs]
+            annotations = [panel.read_for(pair, meaning, self._base) for pair in pairs]
             settings = self._options.settings()
         except (UnetError, ValueError) as error:
             show_error(str(error))
-            return
+            return None
         self._remember()
-        self._training = name
-        view = self._previews.begin([pair.image for pair in pairs], self._base_ndim)
-        self._notes = []
-        self._outcome.clear(settings.steps)
-        self._job.set_running(True)
-        self._job.status.setText("Copying the annotations …")
-        steps = LiveTraining(self._make_base(), annotations, settings, name, view)
-        self._worker = start_worker(
-            steps,
-            title="Training",
-            on_progress=self._on_step,
-            on_result=self._on_result,
-            on_error=self._on_error,
-            on_finished=self._on_finished,
-        )
-        self._running.append(self._worker)
-        self._worker.paused.connect(self._on_paused)
-        self._look_timer.start()
-        self._refresh()
+        ndim = self._base_ndim
+        begin = Begin(self._base, ndim, list(map(_frozen, annotations)), settings)
+        return Plan(name, begin, [pair.image for pair in pairs], ndim)
 
-    def _make_base(self) -> Callable[[], Model]:
-        model, ndim = self._session.model, self._chooser.new_ndim
-        if ndim:
-            return partial(new_network, ndim)
-        assert model is not None
-        return lambda: model
-
-    def _toggle_pause(self) -> None:
-        if self._worker is None:
-            return
-        if self._worker.is_paused:
-            self._worker.resume()
-            self._job.set_paused(False)
-        else:
-            self._worker.pause()
-            self._job.pause.setEnabled(False)  # until it has paused
-
-    @while_alive
-    def _on_paused(self) -> None:
-        if self._worker is not None and not self._worker.abort_requested:
-            self._job.set_paused(True)
-            self._job.pause.setEnabled(True)
-            self._job.status.setText("Paused. The memory stays in use.")
-
-    def _cancel(self) -> None:
-        if self._worker is not None:
-            self._worker.quit()
-            # The child's end may take a second or two; Train waits for it.
-            self._job.set_running(False)
-            self._job.status.setText("Cancelled. The model is as it was.")
-
-    @while_alive
-    def _on_step(self, step: LiveStep) -> None:
-        worker = self._worker
-        if worker is None or worker.abort_requested:
-            return
-        if step.note:
-            self._notes.append(step.note)
-            show_info(step.note)
-        self._outcome.add(step)
-        if step.scores is not None and step.done == 0:
-            self._job.restart_clock()  # it took long, and comes but once
-        if step.preview is not None and step.view is not None:
-            self._previews.show(step.view, step.preview)
-        if not worker.is_paused:
-            self._job.show_progress(step)
-
-    @while_alive
-    def _on_result(self, model: Model) -> None:
-        self._new = model
-        self._outcome.offer(model)
-        minutes, seconds = divmod(int(self._job.seconds), 60)
-        words = (
-            f"Done in {minutes}:{seconds:02d}. {self._training!r} is in the library."
-        )
-        self._job.status.setText(" ".join([words, *self._notes]))
-
-    @while_alive
-    def _on_error(self, message: str) -> None:
-        self._job.status.setText(message)
-
-    @while_alive
-    def _on_finished(self) -> None:
-        self._worker = None
-        self._running.clear()
-        self._look_timer_needed()
-        self._job.set_running(False)
-        sweep(library_dir())  # of a child that was killed while it wrote
-        self._refresh()
-
-    def _use_new(self) -> None:
-        model = self._new
-        if model is None:
-            return
-        self._new = None
-        self._outcome.offer(None)
-        self._name.setModified(False)
-        self._session.source = self._training
-        self._session.model = model
-        self._previews.clear()
-        self._job.status.setText(f"{self._training!r} is used now, also in Segment.")
-
-    def _keep_old(self) -> None:
-        if self._new is None:
-            return
-        self._new = None
-        self._outcome.offer(None)
+    def _on_settled(self) -> None:
         self._name.setModified(False)
         self._propose_name()
-        self._previews.clear()
-        self._job.status.setText(
-            f"The old model stays. {self._training!r} is in the library if you need it."
-        )
         self._refresh()
-
-    # --- what the user looks at -----------------------------------------------------
-
-    def _look_timer_needed(self) -> None:
-        if self._worker is not None or self._weights.is_on:
-            self._look_timer.start()
-        else:
-            self._look_timer.stop()
-
-    def _look(self) -> None:
-        """Follow the sliders and the chosen image."""
-        if self._worker is not None:
-            view = self._previews.next_view()
-            if view is not None:
-                self._worker.send(view)
-        self._weights.look()
 
     # --- memory ---------------------------------------------------------------------
 
@@ -382,6 +281,12 @@ class FineTuneWidget(Dock):
         )
 
 
-def _quit_all(workers: list[GeneratorWorker]) -> None:
-    for worker in workers:
-        worker.quit()
+def _frozen(annotation: Annotation) -> Annotation:
+    """Copy the labels, so that what counts is what was there at the click.
+
+    Copying huge ones would block the viewer; it is done in the worker, a moment later.
+    """
+    labels = annotation.labels
+    if not isinstance(labels, np.ndarray) or labels.nbytes > _COPIED_AT_ONCE:
+        return annotation
+    return replace(annotation, labels=labels.copy())

@@ -1,0 +1,292 @@
+"""The annotations of a session on disk: in the user's project, or else kept safe."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from threading import Lock
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
+
+from napari_unet.errors import BadOutput, UnetError
+from napari_unet.files.atomic import bad_output
+from napari_unet.models.library import data_dir
+from napari_unet.steps import run_to_end
+from napari_unet.training.project import is_project, save_project_steps
+from napari_unet.training.project_file import PROJECT_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from napari.layers import Image
+
+    from napari_unet.steps import Progress
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the user wants to train: see `training.project.Project`."""
+
+    settings: TrainingSettings
+    base: str
+    ndim: Literal[2, 3]
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a dock has to save.
+
+    Parameters
+    ----------
+    images : list of Image
+        The layers of the annotations.
+    annotations : list of Annotation
+        Of the layers' own arrays, which the user may go on changing.
+    choices : Choices
+    """
+
+    images: list[Image]
+    annotations: list[Annotation]
+    choices: Choices
+
+
+def hold(folder: Path) -> BaseFileLock | None:
+    """Lock a folder, which need not exist, until this process ends or releases it.
+
+    Returns
+    -------
+    BaseFileLock or None
+        None if it is locked already, here or in another process.
+
+    Raises
+    ------
+    BadOutput
+        If the lock, a file beside the folder, cannot be made.
+    """
+    path = folder.with_name(f"{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Docks and their workers are different threads.
+        lock = FileLock(path, timeout=0, thread_local=False)
+        lock.acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        raise bad_output(path, error) from error
+    return lock
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A locked folder for the annotations of one session."""
+
+    folder: Path
+    lock: BaseFileLock
+
+    @property
+    def saved(self) -> datetime:
+        """When."""
+        return datetime.fromtimestamp((self.folder / PROJECT_FILE).stat().st_mtime)
+
+    def empty(self) -> None:
+        """Delete what is in it; nothing is offered any more."""
+        # First what makes it a project, so that half of it is never offered.
+        with suppress(OSError):
+            (self.folder / PROJECT_FILE).unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def find_left(home: Path) -> Slot | None:
+    """Return what a session that has ended left, locked; None if there is nothing."""
+    for folder in sorted(home.glob("*/")):
+        if is_project(folder) and (lock := hold(folder)) is not None:
+            if is_project(folder):  # nobody else took it just now
+                return Slot(folder, lock)
+            lock.release()
+    return None
+
+
+def _take_slot(home: Path) -> Slot:
+    """Return an empty folder that no other session has."""
+    for number in itertools.count(1):
+        folder = home / str(number)
+        if is_project(folder) or (lock := hold(folder)) is None:
+            continue
+        if not is_project(folder):
+            slot = Slot(folder, lock)
+            slot.empty()  # of an interrupted deletion
+            return slot
+        lock.release()
+    raise AssertionError
+
+
+class Autosave:
+    """Knows what is on disk and what is not; saves from any thread.
+
+    Everything goes to the user's project as long as all its images are there, and
+    else to a folder of this session, which is offered later if it is not saved.
+
+    Parameters
+    ----------
+    read : callable
+        Returns what there is to save now, None if nothing is annotated. Called on
+        the main thread, also after Qt has deleted the dock.
+    """
+
+    def __init__(self, read: Callable[[], Contents | None]):
+        self.home = data_dir() / "autosave"
+        self.project: Path | None = None  # of the user
+        self.saved: datetime | None = None
+        self._members: list[weakref.ref[Image]] = []  # of the project
+        self._read = read
+        self._changes = self._on_disk = 0
+        self._kept: tuple[Contents, int] | None = None
+        self.left: Slot | None = None  # of another session, offered to the user
+        self._slot: Slot | None = None
+        self._restored: list[Slot] = []
+        self._writing = Lock()
+        self._finished = False
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether something is not on disk."""
+        return self._on_disk < self._changes
+
+    @property
+    def is_in_project(self) -> bool:
+        """Whether the last save was to the user's project."""
+        return self.project is not None and self._slot is None
+
+    def note_change(self) -> None:
+        """Something was painted, drawn or chosen."""
+        self._changes += 1
+
+    def note_removal(self) -> None:
+        """An annotated layer is about to be removed: keep it until it is saved."""
+        if self.is_needed and self._kept is None and (contents := self._read()):
+            self._kept = contents, self._changes
+
+    def opened(self, folder: Path | None, images: list[Image]) -> None:
+        """The annotations of these images come from a project of the user.
+
+        Parameters
+        ----------
+        folder : Path or None
+            Where saves go from now on; None if there are others beside them.
+        images : list of Image
+            Of the project.
+        """
+        self.project = folder
+        self._members = [weakref.ref(image) for image in images]
+        if folder is not None:
+            self._on_disk = self._changes
+
+    def restored(self) -> None:
+        """What another session left is in the viewer, and not yet saved."""
+        if self.left is not None:
+            self._restored.append(self.left)
+            self.left = None
+        self._changes += 1
+
+    def discard(self) -> None:
+        """Delete what another session left."""
+        if self.left is not None:
+            self.left.empty()
+            self.left.lock.release()
+            self.left = None
+
+    def save_steps(self) -> Generator[Progress, None, Path] | None:
+        """Return the steps that save what is not on disk, None if all is."""
+        kept = self._kept
+        if kept is None and self.is_needed and (contents := self._read()):
+            kept = contents, self._changes
+        if kept is None:
+            return None
+        return self._write_steps(self._target(kept[0]), *kept)
+
+    def save_as_steps(self, folder: Path) -> Generator[Progress, None, Path]:
+        """Return the steps that save everything in a project of the user."""
+        contents = self._read()
+        if contents is None:
+            raise BadOutput("Nothing is annotated, so there is nothing to save.")
+        if folder != self.project and is_project(folder):
+            raise BadOutput(
+                f"There is another project in {folder}. Open it, or choose another "
+                "name."
+            )
+        return self._write_steps(folder, contents, self._changes)
+
+    def finish(self) -> None:
+        """Save at the end what is not saved, and give this session's folder back."""
+        with self._writing:
+            if self._finished:
+                return
+            self._finished = True
+        steps = self.save_steps()
+        if steps is not None:
+            with suppress(UnetError):  # nobody is there to be told
+                run_to_end(steps)
+        for slot in self._restored:
+            if not is_project(slot.folder):
+                slot.empty()
+        for held in (*self._restored, self.left, self._slot):
+            if held is not None:
+                held.lock.release()
+
+    def _target(self, contents: Contents) -> Path | None:
+        """Never leave an image out of the user's project without being told to."""
+        there = all(member() in contents.images for member in self._members)
+        return self.project if there else None
+
+    def _write_steps(
+        self, project: Path | None, contents: Contents, changes: int
+    ) -> Generator[Progress, None, Path]:
+        with self._writing:
+            folder = project or self._own_folder()
+            # What is painted meanwhile is another change, for the next time.
+            annotations = [
+                replace(one, labels=np.array(one.labels))
+                for one in contents.annotations
+            ]
+            choices = contents.choices
+            yield from save_project_steps(
+                folder,
+                annotations,
+                choices.settings,
+                base=choices.base,
+                ndim=choices.ndim,
+                name=choices.name,
+            )
+            self.saved = datetime.now()
+            self._on_disk = max(self._on_disk, changes)
+            if self._kept is not None and self._kept[1] <= changes:
+                self._kept = None
+            # Lazy images may still be read from there until the session ends.
+            for slot in self._restored:
+                (slot.folder / PROJECT_FILE).unlink(missing_ok=True)
+            if project is not None:
+                self.project = project
+                self._members = [weakref.ref(image) for image in contents.images]
+                self._leave_slot()
+        return folder
+
+    def _own_folder(self) -> Path:
+        if self._slot is None:
+            self._slot = _take_slot(self.home)
+        return self._slot.folder
+
+    def _leave_slot(self) -> None:
+        if self._slot is not None:
+            self._slot.empty()
+            self._slot.lock.release()
+            self._slot = None

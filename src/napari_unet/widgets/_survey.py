@@ -1,0 +1,150 @@
+"""What is annotated, what is wrong with it, and what may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from qtpy.QtCore import QObject
+
+from napari_unet.errors import BadInput
+from napari_unet.steps import Progress
+from napari_unet.training.annotations import find_problems, known_pixels
+from napari_unet.widgets._worker import FollowUp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from napari_unet.training.annotations import Annotation
+    from napari_unet.widgets._annotations import AnnotationPanel
+    from napari_unet.widgets._pairs import Meaning, Pair
+
+DELAY = 400  # ms after the last change
+_MANY = 0.25  # of all planes
+_WORDS = {"objects": ("object", "objects"), "classes": ("class", "classes")}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is wrong with annotations, what may be, and how much is in each."""
+
+    problems: list[str]
+    doubts: list[str]
+    counts: list[int | None]
+
+
+class Surveyor(QObject):
+    """Looks at all annotations in a thread, a moment after the last change.
+
+    Parameters
+    ----------
+    annotations : AnnotationPanel
+        What is annotated; lists what is found.
+    meaning : callable
+        Says what the labels are.
+    ndim : callable
+        Returns the number of axes that the network sees.
+    on_survey : callable
+        Called when something was found out.
+    """
+
+    def __init__(
+        self,
+        annotations: AnnotationPanel,
+        meaning: Callable[[], Meaning],
+        ndim: Callable[[], int],
+        on_survey: Callable[[], None],
+    ):
+        super().__init__(annotations)
+        self._annotations = annotations
+        self._meaning = meaning
+        self._ndim = ndim
+        self._on_survey = on_survey
+        self._seen: tuple[list[Pair], Meaning] | None = None
+        self.problem = ""  # why nothing can be learnt
+        self.doubt = ""  # what may not be meant
+        self.later = FollowUp(self, DELAY, self._steps, self._show, self._fail)
+
+    def _steps(self) -> Generator[Progress, None, Survey]:
+        pairs, meaning = self._annotations.pairs.all(), self._meaning()
+        self._seen = pairs, meaning
+        annotations = [self._annotations.read(pair, meaning) for pair in pairs]
+        return survey_steps(annotations, self._ndim())
+
+    def _show(self, survey: Survey) -> None:
+        assert self._seen is not None
+        pairs, meaning = self._seen
+        self._seen = None
+        self.problem, self.doubt = " ".join(survey.problems), " ".join(survey.doubts)
+        self._annotations.listed.setText(
+            "\n".join(
+                describe(pair, count, meaning)
+                for pair, count in zip(pairs, survey.counts, strict=True)
+            )
+        )
+        self._on_survey()
+
+    def _fail(self, message: str) -> None:
+        self.doubt = message
+        self._on_survey()
+
+
+def survey_steps(
+    annotations: Sequence[Annotation], ndim: int
+) -> Generator[Progress, None, Survey]:
+    """Look for problems and doubts, and count what is painted.
+
+    Parameters
+    ----------
+    annotations : sequence of Annotation
+        All that a network is to be trained on.
+    ndim : int
+        Number of axes that the network sees.
+    """
+    yield Progress(0, 1, "looking at the annotations")
+    problems = find_problems(annotations)
+    doubts = [] if problems else [_doubt(one, ndim) for one in annotations]
+    counts = [_count(annotation) for annotation in annotations]
+    return Survey(problems, [doubt for doubt in doubts if doubt], counts)
+
+
+def _doubt(annotation: Annotation, ndim: int) -> str:
+    """Say how many planes would be learnt as background though nobody painted there."""
+    if annotation.unpainted == "unknown" or len(annotation.regions):
+        return ""
+    axes = annotation.label_axes
+    seen = tuple(i for i, axis in enumerate(axes) if axis in "ZYX"[-ndim:])
+    painted = np.any(annotation.labels, axis=seen)
+    empty = painted.size - int(np.count_nonzero(painted))
+    if painted.size == 1 or empty <= _MANY * painted.size:
+        return ""
+    what = "planes" if ndim == 2 else "volumes"
+    return (
+        f"{annotation.name}: {empty} of {painted.size} {what} are empty and count as "
+        "background. Draw regions, or choose unknown."
+    )
+
+
+def _count(annotation: Annotation) -> int | None:
+    try:
+        known = known_pixels(annotation)
+    except BadInput:
+        return None
+    labels = np.asarray(annotation.labels)
+    if known.shape != labels.shape:
+        return None
+    values = np.unique(labels[known])
+    return int(np.count_nonzero(values > (1 if annotation.are_scribbles else 0)))
+
+
+def describe(pair: Pair, count: int | None, meaning: Meaning) -> str:
+    """Say in a line what is annotated where."""
+    parts = [f"{pair.image.name} ← {pair.labels.name}"]
+    if pair.regions is not None:
+        number = len(pair.regions.data)
+        parts.append(f"{number} region{'s' * (number != 1)}")
+    if count is not None:
+        one, many = _WORDS[meaning.labels_are]
+        parts.append(f"{count} {one if count == 1 else many}")
+    return " · ".join(parts)
