@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import cc3d
 import numpy as np
 from scipy import ndimage
-from skimage import measure
-from skimage.morphology import local_maxima
-from skimage.segmentation import watershed
 
 from napari_unet.errors import BadInput
+from napari_unet.inference.split import components, split_touching
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from napari_unet.models.model import Passport
+
+NOWHERE = np.iinfo(np.int64).max  # is the first pixel of what has none
 
 
 @dataclass(frozen=True)
@@ -74,120 +74,90 @@ def label_objects(probability: NDArray, settings: ObjectSettings) -> NDArray:
     Returns
     -------
     unsigned integer array of the same shape
-        0 is background, objects are 1 … n without gaps, connected by faces.
+        0 is background, objects are 1 … n without gaps, connected by faces, in
+        the order of their first pixels above the threshold.
     """
     scale = 255 if probability.dtype == np.uint8 else 1
     mask = probability > settings.threshold * scale
-    if settings.split_touching:
-        labels = _split(mask)
-    else:
-        labels = _components(mask)
+    labels = split_touching(mask) if settings.split_touching else components(mask)
     if settings.grow:
-        labels = _grow(labels, settings.grow)
+        labels = grow_objects(labels, settings.grow)
     certain = probability == 0
     if labels[certain].any():
         # Neither filled as a hole nor grown into: nor across, which leaves crumbs.
         labels[certain] = 0
-        pieces = measure.label(labels, connectivity=1)
-        labels = np.where(np.isin(pieces, pieces[mask]), pieces, 0)
-    return _drop_small(labels, settings.minimal_size)
+        labels = components(labels)
+    sizes = np.bincount(labels.ravel())
+    first = first_pixels(np.where(mask, labels, 0), len(sizes))
+    number = number_objects(sizes, first, settings.minimal_size)
+    numbered: NDArray = number.astype(np.min_scalar_type(len(sizes)))[labels]
+    return numbered
 
 
-def _components(mask: NDArray) -> NDArray:
-    """Connected by faces, so that objects touching at a corner stay apart."""
-    labels: NDArray = cc3d.connected_components(
-        mask, connectivity=6 if mask.ndim == 3 else 4
-    )
-    return labels
+def grow_objects(labels: NDArray, pixels: int) -> NDArray:
+    """Grow objects by some pixels, as far as the middle between two.
 
-
-def _split(mask: NDArray) -> NDArray:
-    """Cut objects at their necks, by a watershed on the distance to the edge.
-
-    Two hills of the distance map stay apart if the lower one rises above the
-    saddle between them by 0.3 of its height and by a pixel, so that rough
-    outlines are not cut.
+    Parameters
+    ----------
+    labels : unsigned integer array
+        Of any number of axes.
+    pixels : int
+        A distance between the centres of pixels.
     """
-    mask = _fill_small_holes(mask)
-    height = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), 1.0)
-    seeds = _components(local_maxima(height) & mask).astype(np.int32)
-    hills: NDArray = watershed(-height, seeds, mask=mask)
-    # Of a tiny object the smoothed maximum may lie beside it.
-    rest = mask & (hills == 0)
-    hills[rest] = _components(rest)[rest] + hills.max()
-    peaks = np.append(0, ndimage.maximum(height, hills, np.arange(1, hills.max() + 1)))
-    root = np.arange(len(peaks))
-    for saddle, first, second in _saddles(hills, height):
-        one, other = _find(root, first), _find(root, second)
-        if one == other:
-            continue
-        low, high = sorted((one, other), key=lambda hill: peaks[hill])
-        if peaks[low] - saddle < max(1.0, 0.3 * peaks[low]):
-            root[low] = high
-    roots = np.array([_find(root, hill) for hill in range(len(root))])
-    joined: NDArray = roots[hills]
-    return joined
-
-
-def _find(root: NDArray, hill: int) -> int:
-    while root[hill] != hill:
-        hill = root[hill]
-    return hill
-
-
-def _saddles(hills: NDArray, height: NDArray) -> list[tuple[float, int, int]]:
-    """The highest pass between any two neighbouring hills, the highest first."""
-    keys, passes = [], []
-    count = int(hills.max()) + 1
-    for axis in range(hills.ndim):
-        here = np.moveaxis(hills, axis, 0)[:-1]
-        there = np.moveaxis(hills, axis, 0)[1:]
-        border = (here != there) & (here > 0) & (there > 0)
-        a, b = here[border].astype(np.int64), there[border].astype(np.int64)
-        keys.append(np.minimum(a, b) * count + np.maximum(a, b))
-        levels = np.moveaxis(height, axis, 0)
-        passes.append(np.minimum(levels[:-1][border], levels[1:][border]))
-    key, level = np.concatenate(keys), np.concatenate(passes)
-    order = np.lexsort((-level, key))
-    pairs, first = np.unique(key[order], return_index=True)
-    highest = level[order][first]
-    columns = (highest, pairs // count, pairs % count)
-    return sorted(zip(*(c.tolist() for c in columns), strict=True), reverse=True)
-
-
-def _fill_small_holes(mask: NDArray) -> NDArray:
-    """Fill holes below a tenth of a typical object: they would attract cuts."""
-    objects = np.bincount(_components(mask).ravel())[1:]
-    if not len(objects):
-        return mask
-    # uint8 and 18: cc3d 4.1 can fail with boolean arrays and 26 neighbours.
-    empty = (~mask).astype(np.uint8)
-    outside = cc3d.connected_components(empty, connectivity=18 if mask.ndim == 3 else 8)
-    sizes = np.bincount(outside.ravel())
-    small = sizes < np.median(objects) / 10
-    small[0] = False
-    for axis in range(mask.ndim):  # what reaches the edge of the image is no hole
-        small[np.take(outside, [0, -1], axis)] = False
-    return mask | small[outside]
-
-
-def _grow(labels: NDArray, pixels: int) -> NDArray:
     distance, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
     grown: NDArray = np.where(distance <= pixels, labels[tuple(nearest)], 0)
     return grown
 
 
-def _drop_small(labels: NDArray, minimal_size: int) -> NDArray:
-    """Leave out small objects and close the gaps in the numbering."""
-    sizes = np.bincount(labels.ravel())
-    keep = sizes >= max(minimal_size, 1)
-    keep[0] = False
-    number = np.cumsum(
-        keep, dtype=labels.dtype if labels.dtype.kind == "u" else np.uint32
-    )
-    number[~keep] = 0
-    kept: NDArray = number[labels]
-    return kept
+def first_pixels(labels: NDArray, count: int) -> NDArray[np.int64]:
+    """Find where labels begin.
+
+    Parameters
+    ----------
+    labels : unsigned integer array
+        Of any number of axes.
+    count : int
+        Above the largest label.
+
+    Returns
+    -------
+    int64 array of shape (count,)
+        For each label the index of its first pixel in the flattened array, or
+        `NOWHERE`; that of 0 is always `NOWHERE`.
+    """
+    flat = labels.ravel()
+    starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts = np.append(0, starts)[::-1]  # of several, the last one stays
+    first = np.full(count, NOWHERE)
+    first[flat[starts]] = starts
+    first[0] = NOWHERE
+    return first
+
+
+def number_objects(
+    sizes: NDArray[np.int64], first: NDArray[np.int64], minimal_size: int
+) -> NDArray[np.int64]:
+    """Number objects in the order of their first pixels.
+
+    Parameters
+    ----------
+    sizes : int64 array
+        Pixels of each object.
+    first : int64 array of the same shape
+        From `first_pixels`, of what is above the threshold.
+    minimal_size : int
+        Smaller objects get 0, as do those without a pixel above the threshold:
+        filled holes, and crumbs of what grew.
+
+    Returns
+    -------
+    int64 array of the same shape
+        Numbers from 1, without gaps.
+    """
+    kept = np.flatnonzero((sizes >= minimal_size) & (first < NOWHERE))
+    number = np.zeros(len(sizes), dtype=np.int64)
+    number[kept[np.argsort(first[kept])]] = np.arange(1, len(kept) + 1)
+    return number
 
 
 def label_classes(
@@ -217,23 +187,52 @@ def label_classes(
     if kinds == ["objects"]:
         labels = label_objects(probabilities[0], settings)
         return labels, np.ones(int(labels.max(initial=0)), dtype=np.intp)
-    scale = 255 if probabilities.dtype == np.uint8 else 1
-    rest = scale - probabilities.sum(axis=0, dtype=np.float32)
-    best = probabilities.argmax(axis=0) + 1
-    winner = np.where(probabilities.max(axis=0) > rest, best, 0)
-    labels = np.zeros(winner.shape, dtype=np.uint32)
+    owner, strength = assign_classes(probabilities, passport)
+    labels = np.zeros(owner.shape, dtype=np.uint32)
     first = len(passport.classes) if "region" in kinds else 1
     object_classes: list[int] = []
     for index, kind in enumerate(kinds, start=1):
         if kind == "region":
-            labels[winner == index] = index
+            labels[owner == index] = index
         elif kind == "objects":
-            of_class = np.where(best == index, probabilities[index - 1], 0)
+            of_class = np.where(owner == index, strength, 0)
             found = label_objects(of_class, settings)
             offset = first - 1 + len(object_classes)
             labels[found > 0] = found[found > 0].astype(np.uint32) + offset
             object_classes += [index] * int(found.max(initial=0))
     return labels, np.array(object_classes, dtype=np.intp)
+
+
+def assign_classes(
+    probabilities: NDArray, passport: Passport
+) -> tuple[NDArray, NDArray]:
+    """Decide which class a pixel belongs to, or would belong to.
+
+    Parameters
+    ----------
+    probabilities, passport
+        See `label_classes`.
+
+    Returns
+    -------
+    owner : unsigned integer array of shape spatial
+        Of a class of kind "objects" where it is the likeliest of all but the
+        background, and possible at all; of a "region" where it beats the
+        background, too. 0 elsewhere.
+    strength : array of shape spatial
+        The probability of the likeliest class.
+    """
+    scale = 255 if probabilities.dtype == np.uint8 else 1
+    strength = probabilities.max(axis=0)
+    dtype = np.min_scalar_type(len(probabilities))
+    owner = probabilities.argmax(axis=0).astype(dtype)
+    owner += 1
+    rest = scale - probabilities.sum(axis=0, dtype=np.float32)
+    beaten = {"objects": strength == 0, "region": strength <= rest}
+    for index, info in enumerate(passport.classes[1:], start=1):
+        is_lost = beaten.get(info.kind, True)
+        owner[(owner == index) & is_lost] = 0
+    return owner, strength
 
 
 def describe_objects(
