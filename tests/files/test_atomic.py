@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,13 @@ import tifffile
 
 from napari_unet.errors import BadOutput
 from napari_unet.files import atomic
-from napari_unet.files.atomic import atomic_path, check_writable, sweep
-from napari_unet.files.outputs import write_labels
+from napari_unet.files.atomic import (
+    atomic_folder,
+    atomic_path,
+    check_writable,
+    sweep,
+)
+from napari_unet.files.outputs import write_labels, write_probabilities
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
@@ -169,62 +175,174 @@ def test_sweep_deletes_only_what_dead_processes_left(tmp_path):
     assert sweep(tmp_path / "missing") == []
 
 
-@pytest.mark.parametrize("old", [None, b"old"])
-def test_nth_failing_call_leaves_nothing_or_the_old_file(tmp_path, monkeypatch, old):
-    """Let each call that touches the disk fail in turn until none is left."""
-    labels = np.arange(64 * 64, dtype=np.uint32).reshape(64, 64)
-    target = tmp_path / "labels.tif"
-    state = {"left": 0}
-    owners = {
-        "open": atomic.os,
-        "fsync": atomic.os,
-        "replace": atomic.os,
-        "write": tifffile.FileHandle,
-        "write_array": tifffile.FileHandle,
-        "flush": tifffile.FileHandle,
-    }
-    real = {name: getattr(owner, name) for name, owner in owners.items()}
+def test_sweep_deletes_abandoned_folders_and_gives_old_ones_their_name_back(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, tail = atomic._host(), "0" * 32 + ".part"
 
-    def counted(name):
+    def make(name: str, content: str) -> Path:
+        folder = tmp_path / name
+        (folder / "new" / "0").mkdir(parents=True)
+        (folder / "new" / "0" / "chunk").write_text(content)
+        return folder
+
+    stale = make(f".a.zarr.{host}-{dead.pid}.{tail}", "half")
+    # Died between the two renames: the old image has no name.
+    cut = make(f".b.zarr.{host}-{dead.pid}.{tail}", "half")
+    (cut / "old" / "b.zarr").mkdir(parents=True)
+    (cut / "old" / "b.zarr" / "chunk").write_text("precious")
+    # Died after them: the old image is not needed any more.
+    late = make(f".c.zarr.{host}-{dead.pid}.{tail}", "")
+    (late / "old" / "c.zarr").mkdir(parents=True)
+    make("c.zarr", "complete")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "data").write_text("precious")
+    link = tmp_path / f".d.zarr.{host}-{dead.pid}.{tail}"
+    link.symlink_to(tmp_path / "precious")
+    kept = [
+        make(f".a.zarr.{host}-{os.getpid()}.{tail}", "being written").name,
+        make(f".a.zarr.{'f' * 8}-{dead.pid}.{tail}", "of another computer").name,
+        make(f"a.zarr.{host}-{dead.pid}.{tail}", "not ours").name,
+    ]
+    assert sweep(tmp_path) == sorted([stale, cut, late])
+    assert names(tmp_path) == sorted([*kept, "b.zarr", "c.zarr", "precious", link.name])
+    assert (tmp_path / "b.zarr" / "chunk").read_text() == "precious"
+    assert (tmp_path / "c.zarr" / "new" / "0" / "chunk").read_text() == "complete"
+    assert (tmp_path / "precious" / "data").read_text() == "precious"
+
+
+def test_folder_appears_at_the_end_of_the_block(tmp_path):
+    target = tmp_path / ("n" * 250 + ".zarr")
+    for content in ["first", "second"]:
+        with atomic_folder(target) as part:
+            (part / "deep").mkdir()
+            (part / "deep" / "file").write_text(content)
+            assert content == "second" or not target.exists()
+        assert (target / "deep" / "file").read_text() == content
+        assert names(tmp_path) == [target.name]
+
+    def fail():
+        with atomic_folder(target) as part:
+            (part / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (target / "deep" / "file").read_text() == "second"
+    (tmp_path / "file").write_text("precious")
+    for path, words in [
+        ("missing/a", "folder does not exist"),
+        ("file", "a file of that name"),
+        ("file/a", "is a file, not a folder"),
+    ]:
+        with pytest.raises(BadOutput, match=words), atomic_folder(tmp_path / path):
+            pass
+    assert names(tmp_path) == ["file", target.name]
+
+
+def test_folder_that_cannot_get_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / "old").write_text("old")
+    real = os.replace
+
+    def replace(source, target):
+        if Path(source).name == "new":
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", replace)
+    with pytest.raises(BadOutput, match="not allowed"):
+        with atomic_folder(tmp_path / "a.zarr") as part:
+            (part / "new").write_text("new")
+    assert names(tmp_path) == ["a.zarr"]
+    assert (tmp_path / "a.zarr" / "old").read_text() == "old"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return all files of a folder by their path."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def put_labels(path: Path, value: int) -> None:
+    labels = np.full((2, 64, 64), value, np.uint32)
+    write_labels(path, labels, axes="ZYX", pixel_size={}, overwrite=True)
+
+
+def put_probabilities(path: Path, value: int) -> None:
+    values = np.full((2, 64, 64), value, np.float32)
+    write_probabilities(
+        path, values, axes="CYX", pixel_size={}, class_names="ab", overwrite=True
+    )
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("put", [put_labels, put_probabilities])
+@pytest.mark.parametrize("name", ["a.tif", "a.ome.tif", "a.ome.zarr"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_nth_failing_call_leaves_nothing_or_what_was_there(
+    tmp_path, monkeypatch, is_new, name, put, number
+):
+    """Let each call that touches the disk fail in turn until none is left."""
+    reason = "the disk is full" if number == errno.ENOSPC else "you are not allowed"
+    state, os_open = {"left": 0}, os.open
+
+    def counted(real):
         def call(*args, **kwargs):
-            state["left"] -= 1
-            if state["left"] == 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real[name](*args, **kwargs)
+            # Not the opening of folders to delete what is in them.
+            counts = real is not os_open or bool(args[1] & os.O_CREAT)
+            state["left"] -= counts
+            if counts and state["left"] == 0:
+                raise OSError(number, os.strerror(number))
+            return real(*args, **kwargs)
 
         return call
 
-    def write() -> bool:
-        try:
-            write_labels(target, labels, axes="YX", pixel_size={}, overwrite=True)
-        except BadOutput as error:
-            messages.append(str(error))
-            return False
-        return True
-
-    messages: list[str] = []
+    put(tmp_path / name, 70_000)
+    new = contents(tmp_path)
+    put(tmp_path / name, 1)
+    old = contents(tmp_path)
+    messages = []
     for nth in range(1, 1000):
-        target.unlink(missing_ok=True)
-        if old is not None:
-            target.write_bytes(old)
-        state["left"] = nth
         with monkeypatch.context() as patch:
-            for name, owner in owners.items():
-                patch.setattr(owner, name, counted(name))
-            written = write()
-        if state["left"] > 0:
-            break
-        if written:
-            # Only the sync of the folder, after the replacement, may fail unseen.
-            assert np.array_equal(tifffile.imread(target), labels)
-        else:
-            assert names(tmp_path) == ([] if old is None else ["labels.tif"])
-            assert old is None or target.read_bytes() == old
+            if is_new:
+                shutil.rmtree(tmp_path / name, ignore_errors=True)
+                (tmp_path / name).unlink(missing_ok=True)
+            for owner, call in [
+                *((os, call) for call in ("open", "fsync", "replace", "mkdir")),
+                *((Path, call) for call in ("open", "mkdir", "replace")),
+                *((tifffile.FileHandle, call) for call in ("write", "flush")),
+                (tifffile.FileHandle, "write_array"),
+                (Path, "write_bytes"),
+                (Path, "write_text"),
+            ]:
+                patch.setattr(owner, call, counted(getattr(owner, call)))
+            state["left"] = nth
+            try:
+                put(tmp_path / name, 70_000)
+            except BadOutput as error:
+                messages.append(str(error))
+                state["left"] = 0
+                assert contents(tmp_path) == ({} if is_new else old), nth
+                assert names(tmp_path) == ([] if is_new else [name])
+            else:
+                # Only the sync of the folder, after the renaming, may fail unseen.
+                used = state["left"] <= 0
+                state["left"] = 0
+                assert contents(tmp_path) == new
+                if not used:
+                    break
+                put(tmp_path / name, 1)
     else:
         pytest.fail("the write never succeeded")
-    assert len(messages) > 6
-    assert all("disk is full" in message for message in messages)
-    assert np.array_equal(tifffile.imread(target), labels)
+    assert names(tmp_path) == [name]
+    assert len(messages) > 5
+    for message in messages:
+        assert message.startswith(f"Cannot write {tmp_path / name}: {reason}")
+        assert ". " not in message
 
 
 @posix

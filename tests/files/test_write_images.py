@@ -1,6 +1,8 @@
 """Labels and probabilities come back from the files that we write."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napari_unet.errors import BadOutput
-from napari_unet.files import stack, write_tiff
+from napari_unet.files import stack as stack_module
+from napari_unet.files import write_tiff
 from napari_unet.files.images import read_image
 from napari_unet.files.outputs import write_labels, write_probabilities
 
@@ -185,7 +189,7 @@ def test_large_files(tmp_path, monkeypatch):
     labels = np.random.default_rng(0).integers(0, 9, (2, 700, 600))
     monkeypatch.setattr(write_tiff, "CLASSIC_BYTES", 10**6)
     write_labels(tmp_path / "big.tif", labels, axes="ZYX", pixel_size=SIZE)
-    monkeypatch.setattr(stack, "TILED_PIXELS", 10**5)
+    monkeypatch.setattr(stack_module, "TILED_PIXELS", 10**5)
     write_labels(tmp_path / "tiled.tif", labels, axes="ZYX", pixel_size=SIZE)
     for name, tiled in [("big.tif", False), ("tiled.tif", True)]:
         with tifffile.TiffFile(tmp_path / name) as tiff:
@@ -217,3 +221,91 @@ def test_description_keeps_other_alphabets(tmp_path):
             description='µm & <ファイル> "🔬"',
         )
         assert np.array_equal(read_image(tmp_path / name).data, labels)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    stack=stacks(),
+    chunks=st.tuples(*(st.integers(1, 7) for _ in range(5))),
+    suffix=st.sampled_from([".tif", ".ome.tif"]),
+    tiled=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_zarr_and_numpy_give_the_same_bytes(stack, chunks, suffix, tiled, seed):
+    """Wherever the pixels are kept and however they are read."""
+    axes, shape = stack
+    labels = np.random.default_rng(seed).integers(0, 70_000, shape)
+    chunks = tuple(min(a, b) for a, b in zip(chunks, shape, strict=False))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        if tiled:
+            patch.setattr(stack_module, "TILED_PIXELS", 50)
+            patch.setattr(stack_module, "BAND_ROWS", 32)
+            patch.setattr(write_tiff, "TILE", (16, 16))
+        stored = zarr.create_array(
+            Path(folder) / "raw", shape=shape, dtype="i8", chunks=chunks
+        )
+        stored[...] = labels
+        contents = set()
+        for name, array in [("a", labels), ("b", stored), ("c", labels.astype("u4"))]:
+            path = Path(folder) / f"{name}{suffix}"
+            write_labels(path, array, axes=axes, pixel_size=SIZE)
+            contents.add(path.read_bytes())
+        image = read_image(path)
+    assert len(contents) == 1
+    expected, expected_axes = ordered(labels, axes)
+    assert image.axes == expected_axes
+    assert np.array_equal(image.data, expected)
+
+
+MEMORY = """
+import sys
+import numpy as np
+from napari_unet.files.outputs import write_labels, write_probabilities
+folder, name, planes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+class Counted:
+    # Made when asked for, so that only what is written takes memory.
+    shape, dtype = (planes, 256, 256), np.dtype("u4")
+    def __getitem__(self, key):
+        z, y, x = (np.arange(*part.indices(n)) for part, n in zip(key, self.shape))
+        return (z[:, None, None] + y[None, :, None] // 99 + x // 99).astype("u4")
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if "VmHWM" in line) // 1024
+
+path = f"{folder}/{name}"
+before = peak()
+if "p-" in name:
+    write_probabilities(
+        path, Counted(), axes="CYX", pixel_size={}, class_names=["x"] * planes
+    )
+else:
+    write_labels(path, Counted(), axes="ZYX", pixel_size={})
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("name", ["l-.tif", "l-.ome.zarr", "p-.ome.tif"])
+def test_memory_depends_on_the_plane_and_not_on_the_stack(tmp_path, name):
+    peaks = []
+    for planes in (50, 500):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                MEMORY,
+                tmp_path,
+                f"{planes}{name}",
+                str(planes),
+                "256",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        peaks.append(int(done.stdout))
+    # 500 planes are 131 MB, 450 more than 50 are 118 MB.
+    assert peaks[1] < peaks[0] + 20

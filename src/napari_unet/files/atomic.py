@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: temporary file, fsync, replace."""
+"""Files and folders that are complete or not there: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ _REASONS = {
     errno.ENOENT: "the folder does not exist; create it first",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
     errno.EISDIR: "there is a folder of that name; choose another name",
+    errno.EEXIST: "there is a file of that name; choose another name",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an error; choose another folder",
 }
@@ -158,6 +160,63 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a folder so that it appears complete or not at all.
+
+    Parameters
+    ----------
+    path : path-like
+        The folder to make or to replace. Its parent must exist.
+
+    Yields
+    ------
+    Path
+        An empty temporary folder on the same disk; write into it. At the end of the
+        block everything in it is synced to the disk and it takes the name ``path``.
+        After any exception it is removed, and what was at ``path`` is as before.
+
+    Raises
+    ------
+    BadOutput
+        As for :func:`atomic_path`.
+    """
+    path = Path(path)
+    # A folder cannot be replaced in one step. The old one waits inside, under its
+    # own name: there :func:`sweep` finds it, should the process die in between.
+    part = _part_path(path)
+    new, old = part / "new", part / "old" / path.name
+    try:
+        if path.is_file():
+            raise FileExistsError(errno.EEXIST, "there is a file of that name")
+        part.mkdir()
+        try:
+            new.mkdir()
+            yield new
+            for inner, _, files in os.walk(new):
+                for name in files:
+                    _sync(Path(inner, name))
+            if os.path.lexists(path):
+                old.parent.mkdir()
+                _replace(path, old)
+            _replace(new, path)
+        finally:
+            with suppress(OSError):
+                _discard(part, path.parent)
+    except OSError as error:
+        raise bad_output(path, error) from error
+    _sync_folder(path.parent)
+
+
+def _discard(part: Path, folder: Path) -> None:
+    """Delete a temporary folder; what it should have replaced gets its name back."""
+    if (part / "old").is_dir():
+        for old in (part / "old").iterdir():
+            if not os.path.lexists(folder / old.name):
+                _replace(old, folder / old.name)
+    shutil.rmtree(part)
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Find out before a long computation whether its result can be written.
 
@@ -199,10 +258,11 @@ def _is_abandoned(part: Path, pid: int) -> bool:
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[Path]:
-    """Delete the temporary files that killed runs have left in a folder.
+    """Delete the temporary files and folders that killed runs have left in a folder.
 
-    Only files named by :func:`atomic_path` on this computer whose process no
-    longer runs are deleted; subfolders are not searched.
+    Only those named by :func:`atomic_path` or :func:`atomic_folder` on this computer
+    whose process no longer runs are deleted; subfolders are not searched. A folder
+    whose replacement was cut short gets its name back.
 
     Parameters
     ----------
@@ -225,8 +285,12 @@ def sweep(folder: str | os.PathLike[str]) -> list[Path]:
         if match is None or match[1] != _host():
             continue
         part = folder / name
-        if part.is_file() and _is_abandoned(part, int(match[2])):
-            with suppress(OSError):
+        if part.is_symlink() or not _is_abandoned(part, int(match[2])):
+            continue
+        with suppress(OSError):
+            if part.is_dir():
+                _discard(part, folder)
+            else:
                 part.unlink()
-                deleted.append(part)
+            deleted.append(part)
     return deleted

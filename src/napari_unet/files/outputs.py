@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from napari_unet.errors import BadOutput
-from napari_unet.files.atomic import atomic_path
+from napari_unet.files.atomic import atomic_folder, atomic_path
+from napari_unet.files.ome_zarr import is_zarr
 from napari_unet.files.stack import STACK_AXES, Stack
+from napari_unet.files.write_ome_zarr import is_zarr_name, write_ome_zarr
 from napari_unet.files.write_tiff import is_ome, ome_metadata, write_tiff
 
 if TYPE_CHECKING:
@@ -34,14 +36,15 @@ def write_labels(
     description: str = "",
     overwrite: bool = False,
 ) -> Path:
-    """Write a label image as compressed TIFF, uint16 or uint32 as it needs.
+    """Write a label image as compressed TIFF or OME-Zarr, uint16 or uint32 as needed.
 
     Parameters
     ----------
     path : path-like
         The file to make. A name that ends in ``.ome.tif`` gets OME metadata; any
         other gets ImageJ's, which Fiji opens without Bio-Formats, or OME where
-        ImageJ's do not suffice (uint32, or more than 4 GB).
+        ImageJ's do not suffice (uint32, or more than 4 GB). A name that ends in
+        ``.zarr`` becomes the folder of an OME-Zarr label image with all its levels.
     labels : array
         Whole numbers from 0, which is the background. Of numpy, zarr or whatever
         has a shape, a dtype and numpy's slicing: it is read plane by plane.
@@ -83,8 +86,14 @@ def write_labels(
         )
     fits = found.largest <= np.iinfo(np.uint16).max
     dtype = np.dtype(np.uint16 if fits else np.uint32)
+    if is_zarr_name(path):
+        with _new(path, overwrite) as part:
+            write_ome_zarr(
+                part, stack, dtype, pixel_size, path.name, description=description
+            )
+        return path
     identity = found.identity if is_ome(path, stack, dtype, pixel_size) else None
-    with _new_file(path, overwrite) as part:
+    with _new(path, overwrite) as part:
         write_tiff(part, stack, dtype, pixel_size, names, identity)
     return path
 
@@ -98,7 +107,7 @@ def write_probabilities(
     class_names: Sequence[str],
     overwrite: bool = False,
 ) -> Path:
-    """Write the probabilities of each class as compressed 32-bit TIFF.
+    """Write the probabilities of each class as compressed 32-bit TIFF or OME-Zarr.
 
     Parameters
     ----------
@@ -135,10 +144,16 @@ def write_probabilities(
         )
     names = {"Channel": {"Name": list(class_names)}}
     dtype = np.dtype(np.float32)
+    if is_zarr_name(path):
+        with _new(path, overwrite) as part:
+            write_ome_zarr(
+                part, stack, dtype, pixel_size, path.name, channel_names=class_names
+            )
+        return path
     identity = None
     if is_ome(path, stack, dtype, pixel_size):
         identity = _scan(stack, dtype, pixel_size, names).identity
-    with _new_file(path, overwrite) as part:
+    with _new(path, overwrite) as part:
         write_tiff(part, stack, dtype, pixel_size, names, identity)
     return path
 
@@ -196,14 +211,20 @@ def _scan(
 
 
 @contextmanager
-def _new_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Make a file atomically, unless there is one that must not be replaced."""
-    with atomic_path(path) as part:
+def _new(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Make a file or folder atomically, unless one must not be replaced."""
+    atomic = atomic_folder if is_zarr_name(path) else atomic_path
+    with atomic(path) as part:
         # Checked here, last, so that the time for another program to make the
         # file is short; the block also says why when the folder is missing.
         if not overwrite and os.path.lexists(path):
             raise BadOutput(
                 f"{path} exists already; use --overwrite to replace it, or choose "
                 "another name."
+            )
+        if path.is_dir() and not is_zarr(path):
+            raise BadOutput(
+                f"{path} is a folder without an OME-Zarr image, which is not replaced; "
+                "choose another name."
             )
         yield part

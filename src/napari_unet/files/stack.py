@@ -18,7 +18,7 @@ STACK_AXES = "TZCYX"
 
 # Larger planes are read and written in bands of so many rows.
 TILED_PIXELS = 2**26
-BAND_ROWS = 512
+BAND_ROWS = 1024
 
 # Chunks that are several planes deep are read together up to this many pixels:
 # plane by plane each of them would be decompressed as often as it is deep.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tifffile
-
-from napari_unet.files.stack import BAND_ROWS
 
 if TYPE_CHECKING:
     import uuid
@@ -23,7 +22,7 @@ IMAGEJ_AXES = "TZCYXS"
 
 # Classic TIFF has 32-bit addresses; the margin is for headers and metadata.
 CLASSIC_BYTES = 2**32 - 2**25
-TILE = (BAND_ROWS, 512)
+TILE = (512, 512)
 STRIP_BYTES = 2**18
 # What tifffile may hold beside the plane that is being compressed.
 BUFFER_BYTES = 2**24
@@ -128,9 +127,10 @@ def _pieces(stack: Stack, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
             if not stack.is_tiled:
                 yield plane.astype(dtype, copy=False)
                 continue
-            # The block is one band of tiles; tifffile pads those at the edge.
-            for x in range(0, plane.shape[1], TILE[1]):
-                yield plane[:, x : x + TILE[1], None].astype(dtype, copy=False)
+            # The block is a band of whole tiles; tifffile pads those at the edge.
+            for y, x in itertools.product(*map(range, (0, 0), plane.shape, TILE)):
+                tile = plane[y : y + TILE[0], x : x + TILE[1], None]
+                yield tile.astype(dtype, copy=False)
 
 
 def _layout(stack: Stack, dtype: np.dtype[Any]) -> dict[str, Any]:
