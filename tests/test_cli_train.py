@@ -212,3 +212,42 @@ def test_help(run):
     assert result.code == 0
     assert "--resume" in result.out
     assert "Example: napari-unet train" in result.out
+
+
+ENDLESS = """
+import ctypes, signal, sys
+from torch.nn.modules.module import register_module_forward_pre_hook
+from napari_unet.cli import main
+from napari_unet.network.unet import UNet
+
+def compute(module, inputs):
+    if isinstance(module, UNet) and module.training:
+        # As a library that computes: Python goes on when it has come to its end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        print("computing", file=sys.stderr, flush=True)
+        ctypes.CDLL(None).sleep(60)
+
+register_module_forward_pre_hook(compute)
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_a_long_step_at_once(folder):
+    """Python itself would wait for the end of what a library computes."""
+    options = arguments(folder, "-m", folder / "base.safetensors", "--steps", "5")
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, *map(str, options)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while (line := process.stderr.readline()) and line != "computing\n":
+        pass
+    time.sleep(0.2)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert time.monotonic() - start < 4
+    assert process.returncode == 130
+    assert rest == "Error: Stopped by Ctrl-C. The files written so far are complete.\n"
+    assert not [name for name in os.listdir(folder) if "mine" in name]

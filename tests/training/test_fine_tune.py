@@ -221,6 +221,20 @@ def test_pausing_and_resuming_changes_nothing(tmp_path, done, dropout):
     assert_same(straight, again)
 
 
+def test_slow_steps_are_saved_more_often(tmp_path, monkeypatch):
+    from napari_unet.training import fine_tune as module
+
+    path, annotations = tmp_path / "training.snapshot", [Annotation(*discs(0))]
+    stopped_after(3, fine_tune_steps(tiny(), annotations, QUICK, snapshot=path))
+    assert not path.exists()
+    monkeypatch.setattr(module, "_SNAPSHOT_EVERY", 0.0)
+    stopped_after(3, fine_tune_steps(tiny(), annotations, QUICK, snapshot=path))
+    resumed = fine_tune_steps(tiny(), annotations, QUICK, snapshot=path, resume=True)
+    steps, better = collect(resumed)
+    assert next(step.done for step in steps if step.loss is not None) == 4
+    assert_same(fine_tune(tiny(), annotations, QUICK), better)
+
+
 def test_a_snapshot_of_another_training_is_refused(tmp_path):
     path = tmp_path / "training.snapshot"
     annotations = [Annotation(*discs(0))]

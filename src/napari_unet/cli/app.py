@@ -16,6 +16,11 @@ from typer.core import TyperGroup
 
 from napari_unet.batch.plan import PROBABILITIES
 from napari_unet.cli.batch import batch
+from napari_unet.cli.interrupt import (
+    STOPPED,
+    end_interrupted,
+    end_soon_when_interrupted,
+)
 from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.segment import segment
 from napari_unet.cli.train import train
@@ -43,9 +48,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Cancelled(
-                "Stopped by Ctrl-C. The files written so far are complete."
-            ) from None
+            raise Cancelled(STOPPED) from None
         except MemoryError as error:
             raise OutOfMemory(
                 "Memory ran out. Close other programs, or crop or downsample the image."
@@ -76,9 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A file may have a name that the terminal cannot show.
             stream.reconfigure(errors="backslashreplace")
+    if arguments is None:  # this process has nothing else to do
+        end_soon_when_interrupted()
     try:
         app(arguments, prog_name="napari-unet")
     except UnetError as error:
+        if arguments is None and isinstance(error, Cancelled):
+            end_interrupted(one_line(error))
         typer.echo(f"Error: {one_line(error)}", err=True)
         return error.exit_code
     except SystemExit as end:

@@ -242,8 +242,8 @@ def _follow(
         for line in _lines(step):
             if not quiet:
                 tqdm.write(one_line(line), file=sys.stderr)
-        if step.loss is not None:
-            bar.set_postfix_str(f"loss {step.loss:.3f}", refresh=False)
+        what = step.message if step.loss is None else f"loss {step.loss:.3f}"
+        bar.set_postfix_str(what, refresh=False)
 
     return follow(steps, title, unit="steps", quiet=quiet, on_step=tell)
 

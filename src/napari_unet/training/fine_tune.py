@@ -45,7 +45,7 @@ __all__ = [
     "load_base",
 ]
 
-_SNAPSHOT_EVERY = 100  # steps, at least
+_SNAPSHOT_EVERY = 60.0  # seconds, at least
 _LIBRARIES = ("napari-unet", "torch", "numpy", "scipy", "scikit-image")
 
 
@@ -103,7 +103,7 @@ def _learn_steps(
         if due or training.view_is_new:
             preview = yield from training.preview_steps()
         state.step = step
-        if due or step % _SNAPSHOT_EVERY == 0:
+        if due or training.seconds_unsaved >= _SNAPSHOT_EVERY:
             training.save()
         yield from training.tell(
             message=f"step {step} of {settings.steps}",
@@ -181,7 +181,7 @@ def fine_tune(
     name : str, optional
         Of the new model.
     snapshot : path, optional
-        A file from which the training can be resumed, written every 100 steps and
+        A file from which the training can be resumed, written every minute and
         whenever the held-out part is scored.
     resume : bool, optional
         Go on from the snapshot if there is one. On a CPU the result is that of a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -90,6 +91,7 @@ class Training:
         self._view_is_new = view is not None
         self._told: set[str] = set()
         self._path: Path | None = None
+        self._saved_at = time.monotonic()
         self._identity: dict[str, Any] = {}
         self._patches = Patches(data.images, data.plan, settings.seed)
         self.network = data.model.network.to(device)
@@ -249,6 +251,7 @@ class Training:
 
     def save(self) -> None:
         """Write all that is needed to go on, if there is a file for it."""
+        self._saved_at = time.monotonic()
         if self._path is None:
             return
         plan = self.data.plan
@@ -261,6 +264,11 @@ class Training:
             self.optimizer.state_dict(),
         )
         write_snapshot(saved)
+
+    @property
+    def seconds_unsaved(self) -> float:
+        """How much work a kill would cost."""
+        return time.monotonic() - self._saved_at
 
     def saves_to(self, path: Path | None, identity: dict[str, Any]) -> None:
         """Name the file of the snapshots; None for none."""
