@@ -443,6 +443,18 @@ def test_the_threshold_is_kept_unless_another_is_better():
     assert chosen == replace(recommended, threshold=0.7, minimal_size=9)
 
 
+def test_objects_are_split_where_that_finds_more_of_them():
+    y, x = np.mgrid[:40, :40]
+    labels = np.zeros((40, 40), np.int32)
+    for number, left in enumerate((11, 27), start=1):
+        labels[(y - 20) ** 2 + (x - left) ** 2 < 9**2] = number
+    known = np.ones(labels.shape, bool)
+    touching = predicted((labels > 0)[None].astype(np.float32), known, labels)
+    passport = tiny().passport
+    chosen = result_of(tune_steps([touching], passport, (0.5,), (0,), (0,)))
+    assert chosen == replace(ObjectSettings.recommended(passport), split_touching=True)
+
+
 def test_classes_do_not_match_each_other():
     labels = squares()
     target = np.where(labels == 3, 2, np.minimum(labels, 1))

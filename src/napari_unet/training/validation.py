@@ -248,10 +248,11 @@ def tune_steps(
     grows: Sequence[int],
     sizes: Sequence[int],
 ) -> Generator[None, None, ObjectSettings]:
-    """Choose the threshold, by how much objects grow, and the smallest object.
+    """Choose how objects are made of the probabilities.
 
     Weights of the classes shift the probabilities, the gaps that are cut for training
-    make objects smaller, and the objects may be larger than those of the old model.
+    make objects smaller, and the objects may be larger than those of the old model,
+    or of a shape that can be told apart where they touch.
 
     Parameters
     ----------
@@ -279,8 +280,15 @@ def tune_steps(
     recommended = ObjectSettings.recommended(passport)
     best, merit = recommended, (-1.0, -1.0)
     candidates = [
-        replace(recommended, threshold=threshold, grow=grow, minimal_size=size)
+        replace(
+            recommended,
+            threshold=threshold,
+            grow=grow,
+            minimal_size=size,
+            split_touching=split,
+        )
         for size in dict.fromkeys(sizes)
+        for split in (False, True)
         for grow in dict.fromkeys(grows)
         for threshold in thresholds
     ]
