@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput
 from napari_unet.files.images import list_images, read_image
+from napari_unet.files.outputs import write_labels
 
 random = np.random.default_rng(0)
 
@@ -276,6 +277,19 @@ def test_large_images_are_lazy_plane_by_plane(tmp_path, little_memory, options):
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(BadInput, match=r"a\.tif"):
         image.data.compute()
+
+
+def test_caller_says_what_is_lazy(tmp_path):
+    """Whatever the free memory is: results must not depend on it."""
+    pixels = np.zeros((3, 40, 50), "u2")
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    write_labels(tmp_path / "a.ome.zarr", pixels, axes="ZYX", pixel_size={})
+    for name in ["a.tif", "a.ome.zarr"]:
+        eager = read_image(tmp_path / name, max_bytes=pixels.nbytes)
+        assert isinstance(eager.data, np.ndarray)
+        lazy = read_image(tmp_path / name, max_bytes=pixels.nbytes - 1)
+        assert isinstance(lazy.data, dask.array.Array)
+        assert np.array_equal(lazy.data.compute(), eager.data)
 
 
 def test_one_plane_beyond_the_memory_is_refused_with_numbers(tmp_path, little_memory):

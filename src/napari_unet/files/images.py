@@ -39,8 +39,7 @@ class ImageFile:
     Parameters
     ----------
     data : numpy.ndarray or dask.array.Array
-        The pixels. Lazy, read plane by plane, when they would take more than half
-        of the free memory.
+        The pixels. Large ones are lazy, read plane by plane or chunk by chunk.
     axes : str
         One letter for each dimension of ``data`` out of ``"TCZYXS"``; S are the
         samples of an RGB(A) pixel.
@@ -59,7 +58,12 @@ class ImageFile:
     notes: tuple[str, ...] = ()
 
 
-def read_image(path: str | os.PathLike[str], axes: str | None = None) -> ImageFile:
+def read_image(
+    path: str | os.PathLike[str],
+    axes: str | None = None,
+    *,
+    max_bytes: int | None = None,
+) -> ImageFile:
     """Read an image: TIFF of any kind, PNG, JPEG, BMP or OME-Zarr.
 
     Axes come from the metadata of ImageJ, OME and others; singleton axes other
@@ -74,6 +78,9 @@ def read_image(path: str | os.PathLike[str], axes: str | None = None) -> ImageFi
     axes : str, optional
         One letter for each dimension that is longer than 1 (and for Y and X), which
         overrides what the file says, e.g. ``"ZYX"``.
+    max_bytes : int, optional
+        A larger image is lazy, and read when it is computed; without it, one that
+        would take more than half of the free memory. PNG, JPEG and BMP never are.
 
     Returns
     -------
@@ -90,19 +97,19 @@ def read_image(path: str | os.PathLike[str], axes: str | None = None) -> ImageFi
     path = Path(path)
     _check_letters(axes)
     with reading(path):
-        source = _read(path)
+        source = _read(path, max_bytes)
     return _settle_axes(source, axes)
 
 
-def _read(path: Path) -> Source:
+def _read(path: Path, max_bytes: int | None) -> Source:
     if path.is_dir():
         if is_zarr(path):
-            return read_ome_zarr(path)
+            return read_ome_zarr(path, max_bytes)
         raise BadInput(f"{path} is a folder without an image; choose a file in it.")
     with open(path, "rb") as file:
         start = file.read(8)
     if _TIFF.match(start):
-        return read_tiff(path)
+        return read_tiff(path, max_bytes)
     if _PHOTO.match(start):
         return read_photo(path)
     what = "empty" if not start else "not a readable image"

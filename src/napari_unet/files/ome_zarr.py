@@ -60,13 +60,15 @@ def is_zarr(path: Path) -> bool:
     return any((path / name).is_file() for name in ("zarr.json", ".zattrs", ".zgroup"))
 
 
-def read_ome_zarr(path: Path) -> Source:
+def read_ome_zarr(path: Path, max_bytes: int | None = None) -> Source:
     """Read the finest level of an OME-Zarr image that is present.
 
     Parameters
     ----------
     path : Path
         The folder of the image, or of a label image inside it.
+    max_bytes : int, optional
+        A larger image is lazy; without it, one of more than half of the free memory.
 
     Returns
     -------
@@ -101,7 +103,7 @@ def read_ome_zarr(path: Path) -> Source:
         array = _open_array(path, level)
         axes, units = _axes(path, image, array.ndim)
         check_array(path, array.shape, axes, np.dtype(array.dtype))
-        data = _load(path, array, notes)
+        data = _load(path, array, notes, max_bytes)
         pixel_size = _pixel_size(axes, units, image, dataset)
     return Source(path, data, axes, pixel_size, tuple(notes))
 
@@ -264,14 +266,14 @@ class _Chunks:
 
 
 def _load(
-    path: Path, array: zarr.Array, notes: list[str]
+    path: Path, array: zarr.Array, notes: list[str], max_bytes: int | None
 ) -> NDArray[Any] | dask.array.Array:
     chunks = _Chunks(path, array)
     itemsize = chunks.dtype.itemsize
     nbytes = math.prod(array.shape) * itemsize
     # A chunk may be declared larger than the image.
     check_fits(path, math.prod(chunks.chunks) * itemsize, "one chunk")
-    if nbytes > memory_budget():
+    if nbytes > (memory_budget() if max_bytes is None else max_bytes):
         return lazy_array(path, chunks, "auto")
     # zarr counts a shard as so many chunks, also where it juts out of the image.
     stored = array.nchunks_initialized

@@ -188,12 +188,27 @@ class LazyPlanes:
         return np.stack(planes).reshape(chosen.shape + planes[0].shape)
 
 
-def assemble(planes: Planes) -> NDArray[Any] | dask.array.Array:
-    """Read an image, or make it lazy where it is larger than the memory budget."""
+def assemble(
+    planes: Planes, max_bytes: int | None = None
+) -> NDArray[Any] | dask.array.Array:
+    """Read an image, or make it lazy where it is larger than a limit.
+
+    Parameters
+    ----------
+    planes : Planes
+        Its planes.
+    max_bytes : int, optional
+        The limit; half of the free memory where there is none.
+
+    Returns
+    -------
+    array
+        Of numpy or, lazy, of dask.
+    """
     shape, dtype, depth = planes.shape, planes.dtype, planes.stack_ndim
     count = int(np.prod(shape[:depth], dtype=np.int64))
     nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if nbytes <= memory_budget():
+    if nbytes <= (memory_budget() if max_bytes is None else max_bytes):
         result = np.empty((count, *shape[depth:]), dtype)
         for target, plane in zip(result, planes.read(range(count)), strict=True):
             target[...] = plane.reshape(target.shape)

@@ -39,13 +39,15 @@ SAMPLES = {SEPARATED: "CMYK inks", YCBCR: "YCbCr values", 8: "CIE L*a*b* values"
 SAME_AXES = {"E": "C", "L": "C"}
 
 
-def read_tiff(path: Path) -> Source:
+def read_tiff(path: Path, max_bytes: int | None = None) -> Source:
     """Read the first image of a TIFF file.
 
     Parameters
     ----------
     path : Path
         A file that begins like a TIFF.
+    max_bytes : int, optional
+        A larger image is lazy.
 
     Returns
     -------
@@ -80,7 +82,7 @@ def read_tiff(path: Path) -> Source:
         axes = series.get_axes(squeeze=False)
         keyframe = series.keyframe
         is_rgb = _is_rgb(keyframe)
-    data, axes = _settle_samples(path, assemble(planes), axes, is_rgb)
+    data, axes = _settle_samples(path, assemble(planes, max_bytes), axes, is_rgb)
     return Source(path, data, axes, pixel_size, tuple(notes))
 
 
