@@ -282,7 +282,7 @@ def test_large_images_are_lazy_plane_by_plane(tmp_path, little_memory, options):
 def test_caller_says_what_is_lazy(tmp_path):
     """Whatever the free memory is: results must not depend on it."""
     pixels = np.zeros((3, 40, 50), "u2")
-    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack")
     write_labels(tmp_path / "a.ome.zarr", pixels, axes="ZYX", pixel_size={})
     for name in ["a.tif", "a.ome.zarr"]:
         eager = read_image(tmp_path / name, max_bytes=pixels.nbytes)
