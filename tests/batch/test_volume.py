@@ -16,7 +16,9 @@ from napari_unet.inference.segment import Found
 from napari_unet.steps import run_to_end
 
 
-def segment_into(image, model, settings, *, labels=None, keep=True, **options):
+def segment_into(
+    image, model, settings, *, labels=None, keep=True, block_shape=None, **options
+):
     """Return labels, probabilities and what was found, of arrays of zeros."""
     with closing(Predictor(image, model, **options)) as predictor:
         shape = predictor.output_shape
@@ -24,7 +26,9 @@ def segment_into(image, model, settings, *, labels=None, keep=True, **options):
             labels = np.full(shape[1:], 77, np.uint32)
         probabilities = np.full(shape, np.nan, np.float32) if keep else None
         found = run_to_end(
-            segment_into_steps(predictor, settings, labels, probabilities)
+            segment_into_steps(
+                predictor, settings, labels, probabilities, block_shape=block_shape
+            )
         )
     return labels, probabilities, found
 
@@ -91,8 +95,46 @@ def test_what_was_found_in_words():
 
 def test_more_objects_than_the_labels_can_number():
     model = tiny_model()
-    image = noise(40, 36)
+    image = noise(120, 130)
     threshold = float(np.quantile(predict(image, model)[1], 0.8))
     small = np.zeros(image.shape, np.uint8)
     with pytest.raises(BadOutput, match="more objects"):
         segment_into(image, model, ObjectSettings(threshold), labels=small)
+
+
+# --- blocks ------------------------------------------------------------------------
+
+
+def far_from(threshold: float, probabilities: np.ndarray) -> float:
+    """A threshold near another one that no probability is near."""
+    values = np.sort(probabilities.ravel())
+    values = values[np.abs(values - threshold) < 0.05]
+    gap = int(np.diff(values).argmax())
+    return float(values[gap : gap + 2].mean())
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "block"),
+    [
+        ("YX", (70, 90), (32, 40)),
+        ("TYX", (3, 70, 50), (32, 32)),
+        ("XTY", (50, 2, 70), (32, 32)),
+        ("ZYX", (20, 34, 40), (8, 16, 24)),
+        ("XYTZ", (20, 18, 2, 14), (8, 16, 16)),
+    ],
+)
+@pytest.mark.parametrize("kinds", [("objects",), ("objects", "region", "objects")])
+@pytest.mark.parametrize("split", [False, True])
+def test_blocks_are_the_whole(axes, shape, block, kinds, split):
+    image = noise(*shape)
+    model = tiny_model(*kinds, ndim=3 if "Z" in axes else 2)
+    whole = predict(image, model, axes=axes)
+    wanted = ObjectSettings(far_from(0.5, whole), 2, split, grow=1)
+    one, _, found = segment_into(image, model, wanted, axes=axes)
+    labels, probabilities, in_blocks = segment_into(
+        image, model, wanted, axes=axes, block_shape=block
+    )
+    np.testing.assert_allclose(probabilities, whole, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(labels, one)
+    assert in_blocks == found
+    check_found(found, labels, kinds)

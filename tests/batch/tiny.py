@@ -5,8 +5,14 @@ from functools import cache
 import numpy as np
 import torch
 
-from napari_unet.models.model import ClassInfo, Model
+from napari_unet.models.model import ClassInfo, Model, Passport
 from napari_unet.network.unet import UNet
+
+
+def passport_of(*kinds: str) -> Passport:
+    """A passport with a background and classes of these kinds."""
+    found = [ClassInfo(name=f"{k} {i}", kind=k) for i, k in enumerate(kinds, 1)]
+    return Passport(classes=(ClassInfo(name="background", kind="background"), *found))
 
 
 @cache
@@ -22,10 +28,8 @@ def tiny_model(*kinds: str, ndim: int = 2, **passport) -> Model:
         scale = 2 / logits.std(dim=1)
         weight *= scale.reshape(-1, *[1] * (ndim + 1))
         bias.copy_((bias - logits.mean(dim=1)) * scale)
-    classes = [ClassInfo(name="background", kind="background")]
-    classes += [ClassInfo(name=f"{k} {i}", kind=k) for i, k in enumerate(kinds, 1)]
     model = Model(network.eval())
-    update = {"classes": tuple(classes), **passport}
+    update = {"classes": passport_of(*kinds).classes, **passport}
     return Model(network, model.passport.model_copy(update=update))
 
 

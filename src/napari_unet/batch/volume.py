@@ -1,23 +1,45 @@
-"""One image of any size: from pixels to labels in arrays that are written in parts."""
+"""One image of any size: from pixels to labels, in arrays that are written in parts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+import shutil
+from concurrent.futures import wait
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import zarr
 
-from napari_unet.errors import BadOutput
-from napari_unet.inference.segment import Found, segment_units_steps
+from napari_unet.batch.stitch import Stitcher, check_numbers
+from napari_unet.errors import OutOfMemory
+from napari_unet.inference.segment import (
+    Found,
+    Numbering,
+    foreground,
+    segment_units_steps,
+)
+from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Sequence
 
     from numpy.typing import NDArray
 
+    from napari_unet.batch.pieces import Box
     from napari_unet.inference.engine import Predictor
     from napari_unet.inference.instances import ObjectSettings
-    from napari_unet.steps import Progress
+    from napari_unet.inference.source import Source
+
+Result = TypeVar("Result")
+
+BLOCK_PIXELS = 1 << 26  # of a plane or volume; larger ones go block by block
+# Fixed, so that no result depends on the memory that happens to be free.
+BLOCK_SHAPES = {2: (4096, 4096), 3: (256, 256, 256)}
+CHUNK_SIDES = {2: 512, 3: 128}  # of temporary files
 
 
 def segment_into_steps(
@@ -27,8 +49,13 @@ def segment_into_steps(
     probabilities: Any = None,
     *,
     scratch: Path | None = None,
+    block_shape: Sequence[int] | None = None,
 ) -> Generator[Progress, None, Found]:
     """Segment an image into arrays that may be larger than the memory.
+
+    What is in memory depends on a plane (or volume, of a network of volumes) and
+    not on their number; and on a block where a plane is large. The objects of
+    blocks are joined to those of the whole plane, see `napari_unet.batch.stitch`.
 
     Parameters
     ----------
@@ -37,11 +64,16 @@ def segment_into_steps(
     settings : ObjectSettings
         How objects are made.
     labels : writable array of uint32, numpy or zarr
-        Of the shape ``predictor.output_shape[1:]``. Written whole.
+        Of the shape ``predictor.output_shape[1:]``. Written whole, large planes
+        several times.
     probabilities : writable array of float32, optional
         Of the shape ``predictor.output_shape``. Written whole, if given.
     scratch : path, optional
-        A folder for temporary files, which exists; by default the system's.
+        An existing folder for temporary files, which are removed at the end; the
+        system's by default.
+    block_shape : sequence of int, optional
+        Sides of a block. By default planes and volumes up to `BLOCK_PIXELS` are
+        not cut, and larger ones into `BLOCK_SHAPES`.
 
     Yields
     ------
@@ -58,17 +90,212 @@ def segment_into_steps(
     BadInput, OutOfMemory
         See `predict`.
     """
+    sides = [
+        part.stop - part.start
+        for axis, part in predictor.region.items()
+        if axis in predictor.source.spatial
+    ]
+    if block_shape is None and math.prod(sides) > BLOCK_PIXELS:
+        block_shape = BLOCK_SHAPES[predictor.source.ndim]
+    try:
+        if block_shape is None:
+            steps = _units_steps(predictor, settings, labels, probabilities)
+            return (yield from steps)
+        with TemporaryDirectory(prefix="napari-unet-", dir=scratch) as folder:
+            steps = _blocks_steps(
+                predictor, settings, labels, probabilities, block_shape, Path(folder)
+            )
+            return (yield from steps)
+    except MemoryError as error:
+        raise OutOfMemory(
+            "Memory ran out for a plane of the image, or a block of it. Close other "
+            "programs and try again."
+        ) from error
 
+
+def _units_steps(
+    predictor: Predictor, settings: ObjectSettings, labels: Any, probabilities: Any
+) -> Generator[Progress, None, Found]:
     def write(
         place: tuple[int | slice, ...], found: NDArray, predicted: NDArray
     ) -> None:
-        if found.dtype.itemsize > np.dtype(labels.dtype).itemsize:
-            raise BadOutput(
-                "There are more objects than 32-bit labels can number. Raise the "
-                "minimal size, or segment the image in parts."
-            )
+        if found.dtype.itemsize > labels.dtype.itemsize:
+            check_numbers(labels, int(found.max()))
         labels[place] = found
         if probabilities is not None:
             probabilities[(slice(None), *place)] = predicted
 
     return (yield from segment_units_steps(predictor, settings, write))
+
+
+@dataclass(frozen=True)
+class _View:
+    """One plane or volume of an array, with the axes as the network sees them."""
+
+    array: Any
+    source: Source
+    place: tuple[int | slice, ...]
+
+    @property
+    def _axes(self) -> list[str]:
+        return [a for a in self.source.output_axes if a in self.source.spatial]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = dict(zip(self.source.output_axes, self.array.shape, strict=True))
+        return tuple(sizes[axis] for axis in self.source.spatial)
+
+    @property
+    def dtype(self) -> np.dtype:
+        dtype: np.dtype = np.dtype(self.array.dtype)
+        return dtype
+
+    def index(self, box: Box) -> tuple[int | slice, ...]:
+        parts = dict(zip(self.source.spatial, box, strict=True))
+        axes = self.source.output_axes
+        return tuple(parts.get(a, i) for a, i in zip(axes, self.place, strict=True))
+
+    def __getitem__(self, box: Box) -> NDArray:
+        order = [self._axes.index(axis) for axis in self.source.spatial]
+        return np.asarray(self.array[self.index(box)]).transpose(order)
+
+    def __setitem__(self, box: Box, values: NDArray) -> None:
+        order = [self.source.spatial.index(axis) for axis in self._axes]
+        self.array[self.index(box)] = values.transpose(order)
+
+
+def _blocks_steps(
+    predictor: Predictor,
+    settings: ObjectSettings,
+    labels: Any,
+    probabilities: Any,
+    block_shape: Sequence[int],
+    folder: Path,
+) -> Generator[Progress, None, Found]:
+    """Segment plane after plane, or volume after volume, each block by block."""
+    passport = predictor.model.passport
+    numbering = Numbering(passport)
+    found = Found.nothing(passport)
+    tiles = 0
+    for index, unit in enumerate(predictor.units):
+        view = _View(labels, predictor.source, predictor.place(unit))
+        scratch = _Scratch(folder / str(index), view.shape, block_shape)
+        stitcher = Stitcher(view, passport, settings, block_shape, scratch.new_array)
+        count = len(stitcher.blocks)
+        for number, box in enumerate(stitcher.blocks):
+            part = _within(predictor, unit, box)
+            tiles = tiles or part.total  # a block at the edge has fewer
+            size = tiles * count + stitcher.total
+            total = size * len(predictor.units)
+            yield from _shifted_steps(
+                _block_steps(part, stitcher, box, probabilities, view),
+                index * size + number * tiles,
+                total,
+                f"block {index * count + number + 1} of {len(predictor.units) * count}",
+            )
+        found += yield from _shifted_steps(
+            _beside_steps(predictor, stitcher.label_steps(numbering.next_label)),
+            index * size + tiles * count,
+            total,
+        )
+        numbering.count = sum(found.objects)
+        scratch.remove()
+    for note in predictor.last_notes():
+        yield Progress(total, total, note=note)
+    return found
+
+
+class _Scratch:
+    """Temporary arrays of the shape of one plane or volume."""
+
+    def __init__(self, folder: Path, shape: Sequence[int], block_shape: Sequence[int]):
+        largest = CHUNK_SIDES[len(shape)]
+        # Whole numbers of chunks make up a block.
+        chunks = [n if n <= largest else math.gcd(n, largest) for n in block_shape]
+        self._chunks = tuple(map(min, chunks, shape))
+        self._shape = tuple(shape)
+        self._folder = folder
+        self._count = 0
+
+    def new_array(self, dtype: np.dtype) -> zarr.Array:
+        """Make an array in a file of its own."""
+        self._count += 1
+        return zarr.create_array(
+            str(self._folder / str(self._count)),
+            shape=self._shape,
+            chunks=self._chunks,
+            dtype=dtype,
+        )
+
+    def remove(self) -> None:
+        """Remove all arrays."""
+        shutil.rmtree(self._folder)
+
+
+def _within(predictor: Predictor, unit: dict[str, int], box: Box) -> Predictor:
+    """Return a predictor of one block of one plane or volume."""
+    region = {axis: slice(index, index + 1) for axis, index in unit.items()}
+    for axis, part in zip(predictor.source.spatial, box, strict=True):
+        start = predictor.region[axis].start
+        region[axis] = slice(start + part.start, start + part.stop)
+    return predictor.within(region)
+
+
+def _block_steps(
+    part: Predictor, stitcher: Stitcher, box: Box, probabilities: Any, view: _View
+) -> Generator[Progress, None, None]:
+    predicted = yield from part.unit_steps(0)
+    tick = Progress(part.total, part.total)
+    yield from _finish_steps(part, tick, stitcher.add, box, foreground(predicted))
+    if probabilities is not None:
+        index = (slice(None), *view.index(box))
+        probabilities[index] = part.to_output(predicted)
+
+
+def _finish_steps(
+    predictor: Predictor, tick: Progress, function: Callable[..., Result], *args: Any
+) -> Generator[Progress, None, Result]:
+    """Run a function with heartbeats; when cancelled, wait until it ends.
+
+    Nothing may write into temporary files that are being removed.
+    """
+    future = predictor.submit(function, *args)
+    try:
+        for _ in predictor.wait_steps(future, 0):
+            yield tick
+    finally:
+        wait([future])
+    return future.result()
+
+
+def _beside_steps(
+    predictor: Predictor, steps: Generator[Progress, None, Found]
+) -> Generator[Progress, None, Found]:
+    """Go through a generator with heartbeats between its yields."""
+
+    def items() -> Generator[Progress | Found, None, None]:
+        yield (yield from steps)
+
+    waiting = items()
+    tick = Progress(0, 1)
+    while True:
+        item = yield from _finish_steps(predictor, tick, next, waiting)
+        if isinstance(item, Found):
+            return item
+        yield item
+        tick = replace(item, note="")
+
+
+def _shifted_steps(
+    steps: Generator[Progress, None, Result], before: int, total: int, message: str = ""
+) -> Generator[Progress, None, Result]:
+    """Count the progress of a part from ``before`` on."""
+    with closing(steps):
+        while True:
+            try:
+                tick = next(steps)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            done = min(before + tick.done, total)
+            yield Progress(done, total, message or tick.message, tick.note)
