@@ -6,9 +6,10 @@ import errno
 import os
 import sys
 import time
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,11 +19,11 @@ from napari_unet.cli.progress import follow
 from napari_unet.errors import BadInput, BadOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
-    from napari_unet.models.model import Model
+    from napari_unet.models.model import BorderWeights, Model
     from napari_unet.training.annotations import Annotation
-    from napari_unet.training.settings import TrainingStep
+    from napari_unet.training.settings import TrainingSettings, TrainingStep
 
 SUFFIX = ".safetensors"
 
@@ -42,18 +43,32 @@ class _Preset(StrEnum):
     PAPER = "paper"
 
 
+class _BorderWeights(StrEnum):
+    PAPER = "paper"
+    FALK = "falk"
+    NONE = "none"
+
+
+class _Ndim(StrEnum):
+    PLANES = "2"
+    VOLUMES = "3"
+
+
 _ImageFolder = Annotated[
     Path,
     typer.Argument(
-        metavar="IMAGES_DIR", help="Folder of images. They are never changed."
+        metavar="IMAGES_DIR|PROJECT",
+        help="Folder of images, which are never changed, or an annotation project, "
+        "which has everything.",
     ),
 ]
 _LabelFolder = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
         metavar="LABELS_DIR",
-        help="Folder of what is painted on them: label images, named like the images "
-        "up to the suffix.",
+        help="Folder of what is painted on the images: label images, named like them "
+        "up to the suffix. Not for a project.",
+        show_default=False,
     ),
 ]
 _Base = Annotated[
@@ -67,42 +82,62 @@ _Base = Annotated[
     ),
 ]
 _New = Annotated[bool, typer.Option("--new", help="Train a new model from scratch.")]
+_NdimOption = Annotated[
+    _Ndim | None,
+    typer.Option(help="What a new model sees: 2 planes (the default), 3 volumes."),
+]
 _Output = Annotated[
     Path,
     typer.Option(
         "--output", "-o", metavar="OUT", help=f"File of the new model, {SUFFIX}."
     ),
 ]
-_Steps = Annotated[int, typer.Option(metavar="N", min=1, help="Steps at most.")]
+# None: as the project says, or else the default.
+_Steps = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Steps at most; by default 500.")
+]
 _UnpaintedOption = Annotated[
-    _Unpainted,
+    _Unpainted | None,
     typer.Option(
-        help="What label 0 means. With unknown, label 1 is background and 2 and more "
-        "are objects or classes."
+        help="What label 0 means; by default background. With unknown, label 1 is "
+        "background and 2 and more are objects or classes."
     ),
 ]
 _LabelsAreOption = Annotated[
-    _LabelsAre, typer.Option(help="Whether each label is one object or one class.")
+    _LabelsAre | None,
+    typer.Option(help="Whether each label is one object (the default) or one class."),
 ]
 _PresetOption = Annotated[
-    _Preset, typer.Option(help="paper: as in the U-Net paper, one large patch a step.")
+    _Preset | None,
+    typer.Option(help="paper: as in the U-Net paper, one large patch a step."),
+]
+_BorderWeightsOption = Annotated[
+    _BorderWeights | None,
+    typer.Option(
+        help="Makes gaps between objects count more, as in the U-Net paper (the "
+        "default) or in Falk et al. 2019."
+    ),
 ]
 _Device = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="auto|cpu|cuda|mps",
-        help="Where to compute; auto takes the graphics card if there is one.",
+        help="Where to compute; auto, the default, takes the graphics card if there "
+        "is one.",
     ),
 ]
 _Seed = Annotated[
-    int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of all random choices.")
+    int | None,
+    typer.Option(
+        metavar="N", min=0, max=2**32 - 1, help="Of all random choices; by default 0."
+    ),
 ]
 _Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with a training that was stopped, from OUT.snapshot, which is "
-        "written on the way.",
+        help="Go on with a training that was stopped, from OUT.snapshot or that of the "
+        "project, which is written on the way.",
     ),
 ]
 _Overwrite = Annotated[
@@ -114,16 +149,18 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors.")
 
 def train(
     images: _ImageFolder,
-    labels: _LabelFolder,
     output: _Output,
+    labels: _LabelFolder = None,
     model: _Base = None,
     new: _New = False,
-    steps: _Steps = 500,
-    unpainted: _UnpaintedOption = _Unpainted.BACKGROUND,
-    labels_are: _LabelsAreOption = _LabelsAre.OBJECTS,
-    preset: _PresetOption = _Preset.DEFAULT,
-    device: _Device = "auto",
-    seed: _Seed = 0,
+    ndim: _NdimOption = None,
+    steps: _Steps = None,
+    unpainted: _UnpaintedOption = None,
+    labels_are: _LabelsAreOption = None,
+    preset: _PresetOption = None,
+    border_weights: _BorderWeightsOption = None,
+    device: _Device = None,
+    seed: _Seed = None,
     resume: _Resume = False,
     overwrite: _Overwrite = False,
     quiet: _Quiet = False,
@@ -131,33 +168,43 @@ def train(
     """Make a model better with annotated images, or train a new one.
 
     A part of the annotations is held out to score the model before and after. The
-    file that is written has the network that was best there.
+    file that is written has the network that was best there. What an annotation
+    project says can be overridden by options.
 
     Example: napari-unet train images/ labels/ -m nuclei -o nuclei-mine.safetensors
     """
-    if (model is None) != new:
+    if (model and new) or not (model or new or labels is None):
         raise BadInput("Give either a model to start from with -m, or --new.")
+    if ndim is not None and not new:
+        raise BadInput("--ndim is for a new model: give --new, too.")
     if output.suffix != SUFFIX:
         output = output.with_name(output.name + SUFFIX)
-    pairs = pair_by_name(images, labels, kinds=("images", "label images"))
-    snapshot = output.with_suffix(".snapshot")
+    if labels is None:
+        pairs, snapshot = [], _project_snapshot(images)
+    else:
+        pairs = pair_by_name(images, labels, kinds=("images", "label images"))
+        snapshot = output.with_suffix(".snapshot")
     _check_output(output, snapshot, resume=resume, overwrite=overwrite)
     # Only now the slow imports.
     from napari_unet.models.checkpoint import save_model
-    from napari_unet.training.adapt import untrained_model
     from napari_unet.training.fine_tune import fine_tune_steps
-    from napari_unet.training.settings import TrainingSettings
 
-    base = None if model is None else _load(model, output)
-    annotations = [
-        _read(image, label, unpainted, labels_are) for _, image, label in pairs
-    ]
-    settings = TrainingSettings(
-        steps=steps, preset=preset.value, seed=seed, device=device
+    task = _read_project(images) if labels is None else _read_pairs(pairs)
+    meaning = _given(unpainted=unpainted, labels_are=labels_are)
+    annotations = [replace(one, **meaning) for one in task.annotations]
+    changes = _given(steps=steps, preset=preset, seed=seed, device=device)
+    if border_weights is not None:
+        changes["border_weights"] = _border_weights(border_weights)
+    settings = task.settings.model_copy(update=changes)
+    base = "" if new else model or task.base
+    start = (
+        _load(base, output)
+        if base
+        else _untrained(annotations, ndim or task.ndim, settings)
     )
     started = time.perf_counter()
     training = fine_tune_steps(
-        base or untrained_model(annotations, seed=seed),
+        start,
         annotations,
         settings,
         name=output.stem,
@@ -170,6 +217,70 @@ def train(
     if not quiet:
         seconds = time.perf_counter() - started
         typer.echo(one_line(f"{output}: {_summary(better)}, {duration(seconds)}"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is trained on, and what holds unless options say otherwise."""
+
+    annotations: Sequence[Annotation]
+    settings: TrainingSettings
+    base: str | Path = ""
+    ndim: int = 2
+
+
+def _read_project(folder: Path) -> _Task:
+    from napari_unet.training.project import base_of, load_project
+
+    project = load_project(folder)
+    base = base_of(folder, project)
+    return _Task(project.annotations, project.settings, base, project.ndim)
+
+
+def _read_pairs(pairs: Sequence[tuple[str, Path, Path]]) -> _Task:
+    from napari_unet.training.settings import TrainingSettings
+
+    annotations = [_read(image, labels) for _, image, labels in pairs]
+    return _Task(annotations, TrainingSettings())
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Leave out the options that were not given."""
+    return {
+        key: value.value if isinstance(value, StrEnum) else value
+        for key, value in options.items()
+        if value is not None
+    }
+
+
+def _border_weights(preset: _BorderWeights) -> BorderWeights | None:
+    from napari_unet.models.model import BorderWeights
+    from napari_unet.training.weight_map import W0_SIGMA
+
+    if preset is _BorderWeights.NONE:
+        return None
+    w0, sigma = W0_SIGMA[preset.value]
+    return BorderWeights(preset=preset.value, w0=w0, sigma=sigma)
+
+
+def _untrained(
+    annotations: Sequence[Annotation], ndim: int | str, settings: TrainingSettings
+) -> Model:
+    from napari_unet.training.adapt import untrained_model
+
+    sides: Literal[2, 3] = 2 if int(ndim) == 2 else 3
+    return untrained_model(annotations, ndim=sides, seed=settings.seed)
+
+
+def _project_snapshot(folder: Path) -> Path:
+    from napari_unet.training.project import SNAPSHOT_FILE, is_project
+
+    if not is_project(folder):
+        raise BadInput(
+            f"{folder} is no annotation project. Give the folder of the images and "
+            "that of their labels, or a project that the Fine-tune dock has saved."
+        )
+    return folder / SNAPSHOT_FILE
 
 
 def _check_output(
@@ -198,12 +309,12 @@ def _check_output(
         )
 
 
-def _load(name: str, output: Path) -> Model:
+def _load(name: str | Path, output: Path) -> Model:
     """Load the model to start from, which is never overwritten."""
     from napari_unet.models.library import list_models, load_model
 
     model = load_model(name)
-    file = list_models().get(name, Path(name).expanduser())
+    file = list_models().get(str(name), Path(name).expanduser())
     if output.exists() and file.samefile(output):
         raise BadOutput(
             f"{output} is the model to start from, which is never overwritten; choose "
@@ -212,9 +323,7 @@ def _load(name: str, output: Path) -> Model:
     return model
 
 
-def _read(
-    image: Path, labels: Path, unpainted: _Unpainted, labels_are: _LabelsAre
-) -> Annotation:
+def _read(image: Path, labels: Path) -> Annotation:
     from napari_unet.files.images import read_image
     from napari_unet.training.annotations import Annotation
 
@@ -226,8 +335,6 @@ def _read(
         read_labels(labels),
         axes=found.axes,
         pixel_size=found.pixel_size,
-        unpainted=unpainted.value,
-        labels_are=labels_are.value,
         name=image.name,
     )
 

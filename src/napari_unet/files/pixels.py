@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pixels", "file_order", "file_pixels", "write_pixels_steps"]
 
-_BAND_BYTES = 1 << 26
+_BAND_BYTES = 1 << 25
 # Types that OME-TIFF knows; the others become one that holds the same values.
 _KEPT = frozenset("u1 u2 u4 i1 i2 i4 f4 f8".split())
 _WIDER = {"b1": "u1", "f2": "f4"}
@@ -32,7 +32,7 @@ _OF_IMAGEJ = {False: ("uint8", "uint16", "float32"), True: ("uint8",)}
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """An image as a file has it: axes in the order TZCYXS, bands of whole rows.
+    """An image as a file has it: axes in the order TZCYXS, in the type of the file.
 
     Parameters
     ----------
@@ -70,22 +70,24 @@ class Pixels:
         Yields
         ------
         array
-            Some rows of a plane, contiguous.
+            Some planes of a stack or rows of a plane, contiguous.
 
         Raises
         ------
         BadInput
             If a lazy image cannot be read.
         """
-        depth = self.axes.index("Y")
-        height, *row = self.shape[depth:]
-        rows = max(1, _BAND_BYTES // (math.prod(row) * self.image.dtype.itemsize))
-        left = [axis for axis in self.given_axes if axis in "YXS"]
-        order = [left.index(axis) for axis in self.axes[depth:]]
-        for index in np.ndindex(self.shape[:depth]):
-            for first in range(0, height, rows):
+        plane = self.axes.index("Y")
+        budget = _BAND_BYTES // self.image.dtype.itemsize
+        # Some planes of the innermost stack, or some rows of a large plane.
+        cut = plane - (plane > 0 and math.prod(self.shape[plane:]) <= budget)
+        count = max(1, budget // math.prod(self.shape[cut + 1 :]))
+        left = [axis for axis in self.given_axes if axis in self.axes[cut:]]
+        order = [left.index(axis) for axis in self.axes[cut:]]
+        for index in np.ndindex(self.shape[:cut]):
+            for first in range(0, self.shape[cut], count):
                 where: dict[str, Any] = dict(zip(self.axes, index, strict=False))
-                where["Y"] = slice(first, first + rows)
+                where[self.axes[cut]] = slice(first, first + count)
                 key = tuple(where.get(axis, slice(None)) for axis in self.given_axes)
                 try:
                     band = np.asarray(self.image[key])

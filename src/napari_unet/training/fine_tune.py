@@ -13,7 +13,7 @@ import torch
 
 from napari_unet.errors import BadModel
 from napari_unet.inference.backends import choose_device
-from napari_unet.models.checkpoint import model_sha256, read_model, save_model
+from napari_unet.models.checkpoint import model_sha256, save_model
 from napari_unet.models.library import load_model
 from napari_unet.models.model import Model, TrainingRecord
 from napari_unet.network.unet import UNet
@@ -22,7 +22,7 @@ from napari_unet.training.adapt import untrained_model
 from napari_unet.training.annotations import check_annotations
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.loop import Training, is_better, learning_rate
-from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, load_project
+from napari_unet.training.project import SNAPSHOT_FILE, base_of, load_project
 from napari_unet.training.settings import TrainingSettings, TrainingStep, View
 from napari_unet.training.snapshot import read_snapshot
 from napari_unet.training.validation import THRESHOLDS, score
@@ -42,7 +42,6 @@ __all__ = [
     "fine_tune_file_steps",
     "fine_tune_project_steps",
     "fine_tune_steps",
-    "load_base",
 ]
 
 _SNAPSHOT_EVERY = 60.0  # seconds, at least
@@ -285,7 +284,7 @@ def fine_tune_project_steps(
     project = load_project(folder)
     output, snapshot = Path(output), Path(folder) / SNAPSHOT_FILE
     better = yield from fine_tune_steps(
-        load_base(folder, project),
+        _load_base(folder, project),
         project.annotations,
         project.settings,
         name=project.name or output.stem,
@@ -298,25 +297,10 @@ def fine_tune_project_steps(
     return path
 
 
-def load_base(folder: str | Path, project: Project) -> Model:
-    """Load the model that a project starts from, or make a new one.
-
-    Parameters
-    ----------
-    folder : path
-        Of the project. A model in it comes first.
-    project : Project
-        Loaded from there.
-
-    Returns
-    -------
-    Model
-    """
-    own = Path(folder) / BASE_FILE
-    if own.is_file():
-        return read_model(own)
-    if project.base:
-        return load_model(project.base)
+def _load_base(folder: str | Path, project: Project) -> Model:
+    """Load the model that a project starts from, or make a new one."""
+    if base := base_of(folder, project):
+        return load_model(base)
     seed = project.settings.seed
     return untrained_model(project.annotations, ndim=project.ndim, seed=seed)
 

@@ -49,6 +49,7 @@ __all__ = [
     "BASE_FILE",
     "SNAPSHOT_FILE",
     "Project",
+    "base_of",
     "is_project",
     "load_project",
     "save_project",
@@ -90,6 +91,25 @@ class Project:
 def is_project(folder: str | Path) -> bool:
     """Tell whether a folder is an annotation project, whole or damaged."""
     return (Path(folder) / PROJECT_FILE).is_file()
+
+
+def base_of(folder: str | Path, project: Project) -> str | Path:
+    """Return the model to start from: the one in the folder, or else the named one.
+
+    Parameters
+    ----------
+    folder : path
+        Of the project.
+    project : Project
+        Loaded from there.
+
+    Returns
+    -------
+    str or path
+        For `load_model`; "" for a new one.
+    """
+    own = Path(folder) / BASE_FILE
+    return own if own.is_file() else project.base
 
 
 def load_project(folder: str | Path) -> Project:

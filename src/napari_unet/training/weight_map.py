@@ -14,12 +14,12 @@ from napari_unet.errors import BadInput
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["border_weight_map", "cut_gaps"]
+__all__ = ["W0_SIGMA", "border_weight_map", "cut_gaps"]
 
 # Border weights below this are left out: it bounds how far an object reaches.
 _NEGLIGIBLE = 1e-5
 # Height and width of the border term, by preset.
-_W0_SIGMA = {"paper": (10.0, 5.0), "falk": (50.0, 6.0)}
+W0_SIGMA = {"paper": (10.0, 5.0), "falk": (50.0, 6.0)}
 
 
 def border_weight_map(
@@ -86,10 +86,10 @@ def border_weight_map(
     """
     array = _as_labels(labels)
     mask = None if known is None else _as_mask(known, array.shape)
-    if preset not in _W0_SIGMA:
+    if preset not in W0_SIGMA:
         raise BadInput(f"There is no preset {preset!r}: use 'paper' or 'falk'.")
-    w0 = _W0_SIGMA[preset][0] if w0 is None else w0
-    sigma = _W0_SIGMA[preset][1] if sigma is None else sigma
+    w0 = W0_SIGMA[preset][0] if w0 is None else w0
+    sigma = W0_SIGMA[preset][1] if sigma is None else sigma
     _check_number("w0", w0, w0 >= 0, "0 or more")
     _check_number("sigma", sigma, sigma > 0, "more than 0")
     _check_number("v", v, 0 <= v <= 1, "between 0 and 1")
