@@ -370,6 +370,20 @@ def test_whole_images_are_held_out():
     assert len(chosen) > 5
 
 
+def test_the_held_out_images_have_their_share_of_the_objects():
+    full = np.ones((10, 10), bool)
+    rows = (10, 1, 1, 1, 1, 10, 1, 1, 1, 3)  # of 30
+    units = [
+        unit_of(full, np.arange(10)[:, None] < np.full(10, count), number)
+        for number, count in enumerate(rows)
+    ]
+    for seed in range(10):
+        masks = hold_out(units, 0.2, seed)
+        held = [count for count, mask in zip(rows, masks, strict=True) if mask.any()]
+        assert sum(held) == 4
+        assert len(held) == 2
+
+
 def test_images_without_objects_do_not_decide():
     target = np.eye(8, dtype=bool)
     full = np.ones((8, 8), bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,7 +66,9 @@ def hold_out(
     Whole images if there are several; else neighbouring planes of a stack; else
     whole regions; else a strip of the only region or image. The first of these that
     leaves objects and background to learn from, and holds out some object, is taken,
-    and if none does, the best of them.
+    and if none does, the best of them. Among images, and among regions, those are
+    chosen that have about their share of the objects' pixels: nearly empty ones
+    would say little about the others.
 
     Parameters
     ----------
@@ -74,7 +77,8 @@ def hold_out(
     fraction : float
         How much to hold out, about.
     seed : int
-        Chooses among images and regions; the same seed chooses the same.
+        Chooses among images and regions that serve equally well; the same seed
+        chooses the same.
 
     Returns
     -------
@@ -91,8 +95,8 @@ def hold_out(
     planes = [_atom(units, {n: unit.truth.known}) for n, unit in enumerate(units)]
     best = _Choice(-1, {})
     for choices in (
-        _choose(images, fraction, _shuffled(len(images), seed)),
-        _choose(planes, fraction, _rotated(len(planes))),
+        _choose(images, fraction, _shuffled(len(images), seed), typical=True),
+        _choose(planes, fraction, _rotated(len(planes)), typical=False),
         _choose_regions(units, fraction, seed),
         [_cut(units, planes, fraction)],
     ):
@@ -136,26 +140,30 @@ def _rotated(count: int) -> Iterator[NDArray[np.intp]]:
 
 
 def _choose(
-    atoms: Sequence[_Atom], fraction: float, orders: Iterable[NDArray[np.intp]]
+    atoms: Sequence[_Atom],
+    fraction: float,
+    orders: Iterable[NDArray[np.intp]],
+    *,
+    typical: bool,
 ) -> list[_Choice]:
-    """Hold out the first atoms of the best order."""
+    """Hold out the first atoms of the best order, of the first one of equals."""
     if len(atoms) < 2:
         return []
     counts = np.array([atom[1:] for atom in atoms])
     held = min(max(round(fraction * len(atoms)), 1), len(atoms) - 1)
-    best = _Choice(-1, {})
+    best, chosen = -np.inf, np.array([], np.intp)
     for order in orders:
         sums = counts[order[:held]].sum(0), counts[order[held:]].sum(0)
-        rank = int(_rank(tuple(sums[1]), tuple(sums[0])))
-        if rank > best.rank:
-            masks: dict[int, NDArray[np.bool_]] = {}
-            for number in order[:held]:
-                for unit, mask in atoms[number].masks.items():
-                    masks[unit] = masks[unit] | mask if unit in masks else mask
-            best = _Choice(rank, masks)
-        if best.rank > _GOOD:
-            break
-    return [best]
+        merit = float(_rank(tuple(sums[1]), tuple(sums[0])))
+        if typical:  # the distance from the wanted share is below 1
+            merit -= abs(sums[0][0] / max(counts[:, 0].sum(), 1) - fraction)
+        if merit > best:
+            best, chosen = merit, order[:held]
+    masks: dict[int, NDArray[np.bool_]] = {}
+    for number in chosen:
+        for unit, mask in atoms[number].masks.items():
+            masks[unit] = masks[unit] | mask if unit in masks else mask
+    return [_Choice(math.ceil(best), masks)]
 
 
 def _choose_regions(
@@ -174,7 +182,7 @@ def _choose_regions(
         )
         for part in range(1, int(parts.max()) + 1):
             atoms.append(_atom(units, {number: parts == part}))
-    return _choose(atoms, fraction, _shuffled(len(atoms), seed))
+    return _choose(atoms, fraction, _shuffled(len(atoms), seed), typical=True)
 
 
 def _cut(
