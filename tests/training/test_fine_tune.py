@@ -4,10 +4,15 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from napari_unet import Annotation, Model, TrainingSettings, UNet, fine_tune
 from napari_unet.errors import BadInput, BadModel
@@ -21,6 +26,7 @@ from napari_unet.training.fine_tune import (
     fine_tune_file_steps,
     fine_tune_steps,
 )
+from napari_unet.training.snapshot import read_snapshot
 
 MILD = AugmentationSettings(
     rotation=0, scale=1, shift=0, elastic_sigma=0, noise=0, blur=0, gamma=1
@@ -195,18 +201,54 @@ def stopped_after(done, steps):
             return
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("done", [4, 6, 12, 13])
-def test_pausing_and_resuming_changes_nothing(tmp_path, done, dropout):
+@given(
+    stops=st.lists(st.integers(15, 100), min_size=1, max_size=3),  # of some 120
+    changes=st.fixed_dictionaries(
+        {
+            "steps": st.integers(1, 6),
+            "validate_every": st.integers(1, 4),
+            "preset": st.sampled_from(["default", "paper"]),
+            "freeze_encoder": st.booleans(),
+            "seed": st.integers(0, 2**32 - 1),
+        }
+    ),
+    dropout=st.sampled_from([0.0, 0.3]),
+)
+@examples(max_examples=10, deadline=None)
+def test_pausing_and_resuming_changes_nothing(stops, changes, dropout):
+    """Whatever is learnt how, and wherever it is stopped, also several times."""
+    how = QUICK.model_copy(update={**changes, "augmentation": AugmentationSettings()})
+    annotations, model = [Annotation(*discs(0))], tiny(dropout=dropout)
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("straight", "stopped")]
+        straight = fine_tune(model, annotations, how, snapshot=paths[0])
+        options = {"snapshot": paths[1], "resume": True}
+        for ticks in stops:
+            steps = fine_tune_steps(model, annotations, how, **options)
+            for _ in zip(range(ticks), steps, strict=False):
+                pass
+            steps.close()
+            torch.rand(1)  # the state of torch's generator does not matter
+        better = fine_tune(model, annotations, how, **options)
+        one, other = map(read_snapshot, paths)
+    assert_same(straight, better)
+    assert straight.passport == better.passport
+    # Also what is not the best is the same.
+    assert one.snapshot.history == other.snapshot.history
+    for name, tensor in one.network.items():
+        assert torch.equal(tensor, other.network[name]), name
+
+
+@pytest.mark.parametrize("done", [4, 6, 13])
+def test_a_resumed_training_tells_its_past(tmp_path, done):
     settings = QUICK.model_copy(
         update={"steps": 14, "augmentation": AugmentationSettings()}
     )
     annotations = [Annotation(*discs(seed)) for seed in range(2)]
-    model = tiny(dropout=dropout)
+    model = tiny()
     straight = fine_tune(model, annotations, settings)
     path = tmp_path / "training.snapshot"
     stopped_after(done, fine_tune_steps(model, annotations, settings, snapshot=path))
-    torch.manual_seed(done)  # the state of torch's generator does not matter
     resumed = fine_tune_steps(model, annotations, settings, snapshot=path, resume=True)
     steps, better = collect(resumed)
     assert_same(straight, better)
