@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import tempfile
 import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.thumbnail import make_thumbnail
 from napari_unet.batch.volume import segment_into_steps
 from napari_unet.errors import BadModel, BadOutput, UnetError
-from napari_unet.files.atomic import atomic_path, bad_output
+from napari_unet.files.atomic import atomic_path, bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
 from napari_unet.files.members import state_of
 from napari_unet.files.outputs import write_labels, write_probabilities
@@ -35,6 +33,7 @@ from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
+    from pathlib import Path
 
     from napari_unet.batch.plan import Item
     from napari_unet.inference.segment import Found, SegmentOptions
@@ -152,7 +151,7 @@ def read(item: Item, axes: str | None = None) -> Opened:
     started = time.perf_counter()
     # Before the pixels: a file that changes meanwhile is not done.
     state = state_of(item.image)
-    image = read_image(item.image, axes)
+    image = read_image(item.image, axes, max_bytes=LAZY_BYTES)
     return Opened(item, image, state, time.perf_counter() - started)
 
 
@@ -176,11 +175,15 @@ def compute_steps(
     try:
         shape = predictor.output_shape
         if math.prod(shape if item.probabilities else shape[1:]) > LAZY_VALUES:
-            scratch = _make_scratch(task.internal)
-        labels = _array(scratch, "labels", shape[1:], np.uint32)
+            with writing(task.internal):
+                scratch = make_scratch(task.internal)
+        axes = _label_axes(image)
+        labels = _array(scratch, "labels", axes, shape[1:], np.uint32)
         probabilities = None
         if item.probabilities:
-            probabilities = _array(scratch, "probabilities", shape, np.float32)
+            probabilities = _array(
+                scratch, "probabilities", "C" + axes, shape, np.float32
+            )
         found = yield from segment_into_steps(
             predictor, settings, labels, probabilities, scratch=scratch
         )
@@ -196,17 +199,19 @@ def compute_steps(
     return Segmented(opened, pixel_size, labels, probabilities, found, scratch, seconds)
 
 
-def _make_scratch(internal: Path) -> Path:
-    with writing(internal):
-        return Path(tempfile.mkdtemp(prefix="scratch-", dir=internal))
+def _label_axes(image: ImageFile) -> str:
+    return "".join(axis for axis in image.axes if axis not in "CS")
 
 
-def _array(scratch: Path | None, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+def _array(
+    scratch: Path | None, name: str, axes: str, shape: tuple[int, ...], dtype: Any
+) -> Any:
     """Make an array in memory, or in a folder that holds it compressed."""
     if scratch is None:
         return np.zeros(shape, dtype)
-    sides = (1,) * (len(shape) - 2) + (512, 512)
-    chunks = tuple(min(n, side) for n, side in zip(shape, sides, strict=True))
+    chunks = tuple(
+        min(n, 512) if axis in "YX" else 1 for axis, n in zip(axes, shape, strict=True)
+    )
     with writing(scratch):
         return zarr.create_array(
             scratch / name, shape=shape, chunks=chunks, dtype=dtype
@@ -241,13 +246,11 @@ def finish(
     """
     started = time.perf_counter()
     item, image = done.opened.item, done.opened.image
-    axes = "".join(axis for axis in image.axes if axis not in "CS")
+    axes = _label_axes(image)
+    outputs = [*item.outputs]
     try:
-        outputs = [*item.outputs]
         with writing(item.labels.parent):
             _write_results(done, axes, model, task, check)
-        if task.thumbnails:
-            _write_thumbnail(done, axes, task)
     finally:
         done.discard()
     planes = math.prod(
@@ -266,7 +269,7 @@ def finish(
         outputs={_below(path, task.output): size_of(path) for path in outputs},
         seconds=round(done.seconds + time.perf_counter() - started, 3),
         objects=sum(done.found.objects) if "objects" in kinds else None,
-        covered=done.found.covered,
+        covered=sum(done.found.pixels[1:]) / sum(done.found.pixels),
         pixels=math.prod(done.labels.shape),
         object_pixels=sum(
             pixels
@@ -297,6 +300,8 @@ def _write_results(
             class_names=names[-len(done.probabilities) :],
             overwrite=task.overwrite,
         )
+    if task.thumbnails:
+        _write_thumbnail(done, axes, task)
     write_labels(
         item.labels,
         _Checked(done.labels, check),

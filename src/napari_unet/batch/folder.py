@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -151,12 +151,12 @@ def batch_steps(
         for folder in {item.labels.parent for item in items} | {job.output / INTERNAL}:
             sweep(folder)
         model = load_model(job.model)
-        job = _complete(job, model)
+        told, job = job, complete_job(job, model)
         journal = Journal(journal_path, job.fingerprint)
         run = _Run(job, model, items, journal, resume=resume)
         with journal:
             job.save(job.output / JOB)
-            return (yield from run.steps())
+            return (yield from run.steps(_changed_versions(told, job)))
 
 
 @contextmanager
@@ -179,7 +179,7 @@ def _locked(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _complete(job: BatchJob, model: Model) -> BatchJob:
+def complete_job(job: BatchJob, model: Model) -> BatchJob:
     """Add the hash of the model, which must be the same if it is known."""
     from napari_unet.models.checkpoint import model_sha256
 
@@ -192,6 +192,20 @@ def _complete(job: BatchJob, model: Model) -> BatchJob:
         )
     versions = {name: version(name) for name in PROGRAMS}
     return job.model_copy(update={"model_sha256": found, "versions": versions})
+
+
+def _changed_versions(told: BatchJob, job: BatchJob) -> str:
+    """Say that a job is repeated with other programs than it was made with."""
+    changed = [
+        f"{name} {was} (now {job.versions.get(name, 'none')})"
+        for name, was in told.versions.items()
+        if job.versions.get(name) != was
+    ]
+    if not changed:
+        return ""
+    return (
+        f"The job was made with {', '.join(changed)}: the results may differ a little."
+    )
 
 
 class _Run:
@@ -227,12 +241,11 @@ class _Run:
             or not journal.is_done(item.name, states[item.name], job.output)
         ]
         todo = {item.name for item in self._todo}
+        self._outdated = sum(map(journal.is_outdated, todo)) if resume else 0
         self._entries = {
-            item.name: journal.entries[item.name]
-            for item in items
-            if item.name not in todo
+            name: entry for name, entry in journal.entries.items() if name not in todo
         }
-        self._skipped = set(self._entries)
+        self._skipped = {item.name for item in items} - todo
         # Files of more bytes take longer, and every file takes some time.
         self._weights = {name: state[0] + 4096 for name, state in states.items()}
         self._total = sum(self._weights[name] for name in todo)
@@ -240,24 +253,27 @@ class _Run:
         self._parts: dict[str, float] = {}  # of the files in work
         self._told = {""}
 
-    def steps(self) -> Generator[BatchProgress, None, BatchReport]:
-        """Do what is not done yet."""
+    def steps(self, note: str) -> Generator[BatchProgress, None, BatchReport]:
+        """Do what is not done yet; begin with something to tell."""
         for item in self._items:
             is_skipped = item.name in self._skipped
             yield self._progress(item, "skipped" if is_skipped else "waiting")
-        if self._journal.others:
-            note = (
-                f"{self._journal.others} files were done with another model, other "
-                "settings or versions, and are done again."
+        if self._outdated:
+            note += (
+                f" {self._outdated} files were done with another model, other settings "
+                "or versions, and are done again."
             )
-            yield self._progress(self._items[0], "waiting", note=note)
+        if note:
+            yield self._progress(self._items[0], "waiting", note=note.strip())
+        self._journal.forget(item.name for item in self._todo)
         files = overlapped_steps(self._todo, self._model, self._task, self._record)
         try:
             with closing(files):
                 for step in files:
                     yield self._follow(step)
         except (GeneratorExit, KeyboardInterrupt):
-            self._conclude()
+            with suppress(BadOutput):
+                self._conclude()
             raise
         return self._conclude()
 

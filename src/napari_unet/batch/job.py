@@ -14,6 +14,8 @@ from napari_unet.errors import BadInput
 from napari_unet.files.atomic import atomic_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from napari_unet.inference.segment import SegmentOptions
 
 __all__ = ["FILE_NAME", "BatchJob", "SegmentSettings"]
@@ -135,6 +137,27 @@ class BatchJob(_Told):
             del told["settings"][name]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any], source: object = "The job") -> BatchJob:
+        """Make a job of what a user has said.
+
+        Parameters
+        ----------
+        told : mapping
+            The fields by name.
+        source : object
+            Where it comes from, for the message.
+
+        Raises
+        ------
+        BadInput
+            If it makes no sense.
+        """
+        try:
+            return cls.model_validate(told)
+        except ValidationError as error:
+            raise BadInput(f"{source} cannot be used: {_first(error)}.") from error
+
     def save(self, path: Path) -> Path:
         """Write the job to a YAML file, atomically and with absolute paths.
 
@@ -153,7 +176,9 @@ class BatchJob(_Told):
         told |= {name: str(getattr(self, name).absolute()) for name in _FOLDERS}
         if _is_path(self.model):
             told["model"] = str(Path(self.model).expanduser().absolute())
-        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=10**6)
+        text = yaml.dump(
+            told, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6
+        )
         with atomic_path(path) as part:
             part.write_text(_HEADER + text, encoding="utf-8")
         return path
@@ -185,12 +210,11 @@ class BatchJob(_Told):
                 f"'batch_job: {VERSION}'. Choose a {FILE_NAME} that a batch has "
                 "written."
             )
+        job = cls.of(told, path)
         folder = path.absolute().parent
-        try:
-            job = cls.model_validate(told)
-        except ValidationError as error:
-            raise BadInput(f"{path} cannot be used: {_first(error)}.") from error
-        found: dict[str, Any] = {name: folder / getattr(job, name) for name in _FOLDERS}
+        found: dict[str, Any] = {
+            name: folder / getattr(job, name).expanduser() for name in _FOLDERS
+        }
         if _is_path(job.model):
             found["model"] = str(folder / Path(job.model).expanduser())
         return job.model_copy(update=found)
@@ -204,15 +228,26 @@ def _is_path(model: str) -> bool:
     return bool(Path(model).suffix) or len(PurePosixPath(model).parts) > 1
 
 
+class _Dumper(yaml.SafeDumper):
+    """Keeps the line breaks of Unicode, which PyYAML takes for plain ones."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        style = '"' if {"\x85", "\u2028", "\u2029"} & set(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data only; without references, which can stand for gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.YAMLError(
-                f"line {event.start_mark.line + 1} refers to another one (*), which a "
-                "job cannot; put a text that begins with * in quotes"
+            raise yaml.MarkedYAMLError(
+                problem="it refers to another part (*), which a job does not need",
+                problem_mark=event.start_mark,
             )
         return super().compose_node(parent, index)
 
@@ -229,18 +264,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"Cannot read the job {path}: {error.strerror or error}; check the name."
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise BadInput(
-            f"{path} is not a job that can be read: {reason}. Get it again, or mend "
-            "that."
+            f"{path} is not a job that can be read: {_reason(error)}. Mend that (a "
+            "text with special characters needs quotes), or get the file again."
         ) from error
     if not isinstance(told, dict):
         raise BadInput(f"{path} is not a batch job of napari-unet.")
     return told
 
 
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        text = f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(text.split())[:200]
+
+
 def _first(error: ValidationError) -> str:
     """Say what is wrong, without repeating what may be huge."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part)[:80] for part in first["loc"])
-    return f"{where}: {first['msg']}".rstrip(".")
+    said = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{where}: {said[:1].lower()}{said[1:]}"

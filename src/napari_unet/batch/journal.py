@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import TypeAdapter
 
 from napari_unet.errors import BadInput
 from napari_unet.files.atomic import bad_output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -30,7 +32,7 @@ class Entry:
     ----------
     name : str
         The image, as `Item` calls it.
-    status : "done" or "failed"
+    status : "done", "failed" or, of what is about to be done again, "waiting"
     size, mtime_ns : int
         Of the image when it was read.
     outputs : dict of str to int
@@ -53,19 +55,22 @@ class Entry:
     """
 
     name: str
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "waiting"]
     size: int = 0
     mtime_ns: int = 0
-    outputs: Mapping[str, int] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     objects: int | None = None
     covered: float = 0.0
     pixels: int = 0
     object_pixels: int = 0
-    pixel_size: Mapping[str, float] = field(default_factory=dict)
+    pixel_size: dict[str, float] = field(default_factory=dict)
     found: str = ""
     reason: str = ""
     details: str = ""
+
+
+_ENTRY = TypeAdapter(Entry)
 
 
 class Journal:
@@ -88,11 +93,9 @@ class Journal:
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
         self._fingerprint = fingerprint
-        self.entries: dict[str, Entry] = {}
-        self.others = 0
+        self._last: dict[str, tuple[str, Entry]] = {}
         self._file: Any = None
-        self.exists = path.is_file()
-        if self.exists:
+        if path.is_file():
             self._read()
 
     def _read(self) -> None:
@@ -102,27 +105,34 @@ class Journal:
             raise BadInput(
                 f"Cannot read {self.path}: {error.strerror or error}."
             ) from error
-        others = set()
         for line in lines[:-1]:  # the last ends without a line break, or is empty
             try:
                 told = json.loads(line)
                 version, fingerprint = told.pop("journal"), told.pop("batch")
-            except (ValueError, AttributeError, KeyError):
-                continue  # torn by a kill, and continued by a later run
+                entry = _ENTRY.validate_python(told)
+            except (ValueError, AttributeError, KeyError, TypeError):
+                continue  # torn by a kill
             if version != VERSION:
                 raise BadInput(
-                    f"{self.path} was written by a newer napari-unet; update it, or "
+                    f"{self.path} was written by another version of napari-unet; "
                     "choose another output folder."
                 )
-            if not (entry := _entry(told)):
-                continue
-            if fingerprint == self._fingerprint:
-                self.entries[entry.name] = entry
-                others.discard(entry.name)
-            else:
-                self.entries.pop(entry.name, None)
-                others.add(entry.name)
-        self.others = len(others)
+            self._last[entry.name] = fingerprint, entry
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """What became of each image under this fingerprint."""
+        return {
+            name: entry
+            for name, (fingerprint, entry) in self._last.items()
+            if fingerprint == self._fingerprint
+        }
+
+    def is_outdated(self, name: str) -> bool:
+        """Tell whether an image was done under another fingerprint."""
+        fingerprint, entry = self._last.get(name, (self._fingerprint, None))
+        is_done = entry is not None and entry.status == "done"
+        return is_done and fingerprint != self._fingerprint
 
     def is_done(self, name: str, state: tuple[int, int], folder: Path) -> bool:
         """Tell whether nothing is left to do for an image.
@@ -136,9 +146,10 @@ class Journal:
         folder : Path
             The results must still be there, with the size that they had.
         """
-        entry = self.entries.get(name)
+        fingerprint, entry = self._last.get(name, ("", None))
         return (
             entry is not None
+            and fingerprint == self._fingerprint
             and entry.status == "done"
             and (entry.size, entry.mtime_ns) == state
             and all(size_of(folder / p) == n for p, n in entry.outputs.items())
@@ -167,12 +178,29 @@ class Journal:
         BadOutput
             If that fails; the file is then not done.
         """
-        told = {"journal": VERSION, "batch": self._fingerprint, **asdict(entry)}
+        self._add([entry])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Say that results are about to be replaced: they are not done any more.
+
+        Raises
+        ------
+        BadOutput
+            As `add`.
+        """
+        known = [name for name in names if name in self._last]
+        if known:
+            self._add([Entry(name, "waiting") for name in known])
+
+    def _add(self, entries: Sequence[Entry]) -> None:
+        same = {"journal": VERSION, "batch": self._fingerprint}
+        lines = [json.dumps({**same, **asdict(entry)}) + "\n" for entry in entries]
         try:
-            self._write(json.dumps(told).encode() + b"\n")
+            self._write("".join(lines).encode())
         except OSError as error:
             raise bad_output(self.path, error) from error
-        self.entries[entry.name] = entry
+        for entry in entries:
+            self._last[entry.name] = self._fingerprint, entry
 
     def _write(self, line: bytes) -> None:
         rest = memoryview(line)
@@ -187,15 +215,6 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
-
-
-def _entry(told: dict[str, Any]) -> Entry | None:
-    known = {item.name for item in fields(Entry)}
-    if not known >= told.keys() or not isinstance(told.get("name"), str):
-        return None
-    if not isinstance(told.get("outputs"), dict):
-        return None
-    return Entry(**told)
 
 
 def size_of(path: Path) -> int:

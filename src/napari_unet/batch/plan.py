@@ -255,6 +255,7 @@ def check_plan(items: Sequence[Item], folder: Path, *, overwrite: bool) -> None:
     _check_collisions(items, folder)
     _check_folder(folder)
     images = {_identity(item.image): item.image for item in items}
+    images.pop(None, None)  # an image that has gone
     for place in (folder, *folder.absolute().parents):
         if image := images.get(_identity(place)):
             raise BadOutput(

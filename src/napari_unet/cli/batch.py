@@ -177,7 +177,7 @@ def _job(
     path: Path | None, given: dict[str, Any], settings: dict[str, Any]
 ) -> BatchJob:
     """Make a job of the options, and of a file if there is one."""
-    from napari_unet.batch.job import BatchJob, SegmentSettings
+    from napari_unet.batch.job import BatchJob
 
     if path is None:
         needed = {"input": "IN_DIR", "output": "OUT_DIR", "model": "--model"}
@@ -186,12 +186,12 @@ def _job(
             raise typer.BadParameter(
                 f"{' and '.join(missing)} missing; or give a job with --job."
             )
-        return BatchJob(**given, settings=SegmentSettings(**settings))
-    loaded = BatchJob.load(path)
-    merged = loaded.settings.model_copy(update=settings)
+        return BatchJob.of({**given, "settings": settings})
+    loaded = BatchJob.load(path).model_dump()
     if "model" in given:
         given["model_sha256"] = ""
-    return loaded.model_copy(update={**given, "settings": merged})
+    merged = {**loaded["settings"], **settings}
+    return BatchJob.of({**loaded, **given, "settings": merged})
 
 
 def _run(job: BatchJob, *, resume: bool, overwrite: bool, quiet: bool) -> None:

@@ -217,6 +217,32 @@ def _discard(part: Path, folder: Path) -> None:
     shutil.rmtree(part)
 
 
+def make_scratch(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder for temporary files, which :func:`sweep` deletes after a kill.
+
+    Parameters
+    ----------
+    folder : path-like
+        Where; it must exist.
+
+    Returns
+    -------
+    Path
+        The caller deletes it.
+
+    Raises
+    ------
+    BadOutput
+        When it cannot be made.
+    """
+    part = _part_path(Path(folder) / "scratch")
+    try:
+        part.mkdir()
+    except OSError as error:
+        raise bad_output(part, error) from error
+    return part
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Find out before a long computation whether its result can be written.
 
@@ -260,7 +286,7 @@ def _is_abandoned(part: Path, pid: int) -> bool:
 def sweep(folder: str | os.PathLike[str]) -> list[Path]:
     """Delete the temporary files and folders that killed runs have left in a folder.
 
-    Only those named by :func:`atomic_path` or :func:`atomic_folder` on this computer
+    Only those of :func:`atomic_path` and the like in this module, on this computer,
     whose process no longer runs are deleted; subfolders are not searched. A folder
     whose replacement was cut short gets its name back.
 
