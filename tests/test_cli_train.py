@@ -11,9 +11,11 @@ import pytest
 import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
-from napari_unet import load_model, save_model
+from napari_unet import Annotation, TrainingSettings, load_model, save_model
+from napari_unet.models.checkpoint import model_sha256
 from napari_unet.models.model import Model
 from napari_unet.network.unet import UNet
+from napari_unet.training.project import load_project, save_project
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,31 @@ def folder(tmp_path):
     network = UNet(1, 2, depth=1, base_channels=4)
     save_model(Model(network), tmp_path / "base.safetensors")
     return tmp_path
+
+
+SHORT = TrainingSettings(
+    steps=30,
+    batch_size=2,
+    patch_shape=(32, 32),
+    validate_every=10,
+    border_weights=None,
+    device="cpu",
+)
+
+
+@pytest.fixture
+def project(folder):
+    """The same two images in a project that starts from the tiny model."""
+    annotations = [
+        Annotation(
+            tifffile.imread(folder / "images" / f"{number}.tif"),
+            tifffile.imread(folder / "labels" / f"{number}.tif"),
+            name=f"{number}.tif",
+        )
+        for number in (3, 4)
+    ]
+    base = str(folder / "base.safetensors")
+    return save_project(folder / "cells.project", annotations, SHORT, base=base)
 
 
 def arguments(folder, *more):
@@ -157,6 +184,7 @@ def test_a_killed_training_is_resumed(folder):
     [
         ([], 1, "Give either a model to start from with -m, or --new."),
         (["-m", "base.safetensors", "--new"], 1, "Give either a model"),
+        (["-m", "base.safetensors", "--ndim", "3"], 1, "--ndim is for a new model"),
         (["-m", "nothing"], 2, "There is no model 'nothing' in the library"),
         (["-m", "base.safetensors", "--device", "abacus"], 1, "no device 'abacus'"),
         (["--new", "--unpainted", "unknown"], 0, ""),
@@ -205,6 +233,81 @@ def test_what_cannot_be_used_is_said_in_words(run, folder):
     (folder / "images" / "4.tif").unlink()
     result = run(*arguments(folder, "-m", model))
     assert "There are no images in" in result.err
+
+
+def test_a_killed_training_of_a_project_ends_as_if_it_had_not_been(project):
+    command = program(["train", project, "-o", project / "mine", "--quiet"])
+    output, snapshot = project / "mine.safetensors", project / "training.snapshot"
+    subprocess.run(command, check=True)
+    whole = load_model(output)
+    assert not snapshot.exists()
+    output.unlink()
+    process = subprocess.Popen(command)
+    while not snapshot.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    subprocess.run([*command, "--resume"], check=True)
+    assert not snapshot.exists()
+    resumed = load_model(output)
+    assert model_sha256(resumed) == model_sha256(whole)  # weights and passport
+    assert resumed.passport.history[-1].settings["steps"] == 30
+
+
+def test_options_override_what_a_project_says(run, project, monkeypatch):
+    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
+    options = ["--steps", 2, "--seed", 5, "--border-weights", "falk"]
+    options += ["--new", "--labels-are", "classes", "--quiet"]
+    result = run("train", project, "-o", project / "new", *options)
+    assert result == (0, "", "")
+    model = load_model(project / "new.safetensors")
+    assert model.network.config.num_classes == 5  # the labels are classes now
+    record = model.passport.history[-1]
+    expected = SHORT.model_dump(mode="json") | {"steps": 2, "seed": 5}
+    expected["border_weights"] = {"preset": "falk", "w0": 50.0, "sigma": 6.0}
+    for key in expected.keys() - {"patch_shape", "batch_size"}:
+        assert record.settings[key] == expected[key]
+    assert load_project(project).settings == SHORT
+
+
+def test_a_new_model_of_volumes(run, folder, monkeypatch):
+    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
+    for kind in ("images", "labels"):
+        plane = tifffile.imread(folder / kind / "3.tif")
+        for path in (folder / kind).iterdir():
+            path.unlink()
+        volume = np.stack([plane] * 6)
+        write_image(folder / kind / "a.tif", volume, "ZYX", spacing=1.0)
+    options = ["--new", "--ndim", 3, "--steps", 1, "--border-weights", "none"]
+    assert run(*arguments(folder, *options)).code == 0
+    model = load_model(folder / "mine.safetensors")
+    assert model.ndim == 3
+    assert model.passport.pixel_size == (1.0, 0.5, 0.5)
+    assert model.passport.history[-1].settings["border_weights"] is None
+
+
+def test_wrong_projects(run, project, folder):
+    result = run("train", folder / "images", "-o", folder / "mine")
+    assert result.code == 1
+    assert "is no annotation project. Give the folder of the images and" in result.err
+    base = folder / "base.safetensors"
+    result = run("train", project, "-o", base, "--overwrite")
+    assert result.code == 4
+    assert "never overwritten" in result.err
+    (project / "training.snapshot").write_bytes(b"")
+    result = run("train", project, "-o", folder / "mine")
+    assert result.code == 4
+    assert "training.snapshot holds a training that was stopped" in result.err
+    result = run("train", project, "-o", folder / "mine", "--resume")
+    assert result.code == 1
+    assert "training.snapshot is damaged" in result.err
+    next((project / "labels").iterdir()).unlink()
+    result = run("train", project, "-o", folder / "mine", "--overwrite")
+    assert result.code == 1
+    assert "is missing" in result.err
+    assert not (folder / "mine.safetensors").exists()
 
 
 def test_help(run):
