@@ -252,14 +252,16 @@ class Source:
         chosen = random.choice(len(units), min(some, len(units)), replace=False)
         if pixels_per_unit <= SAMPLE_PIXELS:
             return self._read_flat([units[i] for i in sorted(chosen)])
-        # One huge plane or volume: boxes spread over it.
-        side = round((SAMPLE_PIXELS / 64) ** (1 / self.ndim))
+        # One huge plane or volume: boxes spread over it, each of one plane, as
+        # files are made of planes.
+        sides = [1, *[round((SAMPLE_PIXELS / 64) ** 0.5)] * 2][-self.ndim :]
         samples = []
         for _ in range(64):
             unit = units[int(random.integers(len(units)))]
-            start = [int(random.integers(max(1, n - side))) for n in self.spatial_shape]
+            ranges = list(zip(self.spatial_shape, sides, strict=True))
+            start = [int(random.integers(max(1, n - side + 1))) for n, side in ranges]
             stop = [
-                min(a + side, n) for a, n in zip(start, self.spatial_shape, strict=True)
+                min(a + side, n) for a, (n, side) in zip(start, ranges, strict=True)
             ]
             box = self.read(unit, start, stop)
             samples.append(box.reshape(len(box), -1))
