@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from desk import Desk, intensity_model
+from tune_desk import TuneDesk, weak_model
 
+from napari_unet.models.checkpoint import save_model
+from napari_unet.models.library import library_dir, load_model
 from napari_unet.widgets._session import Session
 
 if TYPE_CHECKING:
@@ -43,5 +46,21 @@ def desk(make_napari_viewer, qtbot) -> Callable[..., Desk]:
             warnings.simplefilter("ignore")  # of napari's own start
             viewer = make_napari_viewer(show=show)
         return Desk(viewer, qtbot, Session(model or intensity_model()))
+
+    return open_desk
+
+
+@pytest.fixture
+def tune_desk(make_napari_viewer, qtbot) -> Callable[..., TuneDesk]:
+    """Open a viewer with both docks and a model that knows nothing yet."""
+
+    def open_desk() -> TuneDesk:
+        if not library_dir().exists():
+            library_dir().mkdir(parents=True)
+            save_model(weak_model(), library_dir() / "weak")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of napari's own start
+            viewer = make_napari_viewer()
+        return TuneDesk(viewer, qtbot, Session(load_model("weak"), "weak"))
 
     return open_desk

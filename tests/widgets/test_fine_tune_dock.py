@@ -1,184 +1,44 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import torch
-from napari.layers import Labels, Shapes
-from napari.utils.notifications import notification_manager
-from qtpy.QtCore import QTimer
-from scipy import ndimage
+from napari.layers import Shapes
+from tune_desk import (
+    Gaps,
+    ap50,
+    cells,
+    children,
+    library_files,
+    messages,
+    weak_model,
+)
 
 from napari_unet.models.checkpoint import save_model
-from napari_unet.models.library import library_dir, list_models, load_model
-from napari_unet.models.model import Model, default_passport
-from napari_unet.network.unet import UNet
-from napari_unet.training.scores import score_images
+from napari_unet.models.library import (
+    data_dir,
+    library_dir,
+    list_models,
+    load_model,
+)
+from napari_unet.training.project import load_project
 from napari_unet.training.weight_map import border_weight_map, cut_gaps
+from napari_unet.widgets import _project
 from napari_unet.widgets._session import Session, recall
 from napari_unet.widgets.fine_tune import FineTuneWidget
-from napari_unet.widgets.segment import SegmentWidget
 
 
-def weak_model() -> Model:
-    """Small and untrained: it knows nothing yet."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet(1, 2, depth=2, base_channels=8).eval()
-    passport = default_passport(network).model_copy(update={"name": "weak"})
-    return Model(network, passport)
-
-
-def cells(side: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy discs on a dark ground, and their labels."""
-    random = np.random.default_rng(3)
-    places = np.argwhere(np.ones((side // 20, side // 20))) * 20 + 10
-    places = places + random.integers(-3, 4, places.shape)
-    truth = np.zeros((side, side), np.int32)
-    rows, columns = np.indices(truth.shape)
-    for number, (row, column) in enumerate(places, start=1):
-        radius = random.uniform(4, 7)
-        truth[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = number
-    image = ndimage.gaussian_filter((truth > 0) * 100.0, 1) + 20
-    return (image + random.normal(0, 8, image.shape)).astype(np.float32), truth
-
-
-class TuneDesk:
-    """A viewer with the docks Segment and Fine-tune."""
-
-    def __init__(self, viewer, qtbot, session: Session):
-        self.viewer, self.qtbot, self.session = viewer, qtbot, session
-        self.segment = SegmentWidget(viewer, session)
-        self.dock = FineTuneWidget(viewer, session)
-        viewer.window.add_dock_widget(self.segment, name="Segment")
-        viewer.window.add_dock_widget(self.dock, name="Fine-tune", tabify=True)
-        self.job = self.dock._learning.job
-        options = self.dock._options
-        options.device.value = "cpu"
-        options.steps.value, options.every.value = 40, 20
-        options.rate.value = 0.01
-
-    def wait_until(self, holds, seconds: float = 90) -> None:
-        self.qtbot.waitUntil(holds, timeout=int(1000 * seconds))
-
-    def survey(self) -> None:
-        self.wait_until(lambda: not self.dock._survey.later.is_busy)
-
-    def add_cells(self, name: str = "cells"):
-        image, self.truth = cells()
-        return self.viewer.add_image(image, name=name)
-
-    def annotate(self) -> Labels:
-        """Paint the truth with the Labels API in a layer that the dock made."""
-        image = self.viewer.layers["cells"]
-        self.viewer.layers.selection.active = image
-        self.dock._annotations.start.click()
-        labels = self.viewer.layers["cells annotations"]
-        labels.data_setitem(np.nonzero(labels.data), 0)
-        for number in range(1, int(self.truth.max()) + 1):
-            labels.data_setitem(np.nonzero(self.truth == number), number)
-        self.survey()
-        return labels
-
-    def train(self) -> None:
-        self.wait_until(self.job.start.isEnabled)
-        self.job.start.click()
-        assert self.job.cancel.isEnabled()
-
-    def wait_for_step(self, number: int = 1) -> None:
-        self.wait_until(lambda: len(self.dock._learning.outcome.plot.losses) >= number)
-
-    def wait_for_end(self, seconds: float = 90) -> None:
-        self.wait_until(lambda: not self.job.cancel.isEnabled(), seconds)
-
-    def click_segment(self) -> Labels:
-        self.wait_until(self.segment._job.start.isEnabled)
-        before = set(self.viewer.layers)
-        self.segment._job.start.click()
-        self.wait_until(self.segment._job.start.isEnabled)
-        names = {layer.name for layer in set(self.viewer.layers) - before}
-        name = next(iter(names), "cells objects")
-        return self.viewer.layers[name]
-
-    @property
-    def status(self) -> str:
-        return self.job.status.text()
-
-    @property
-    def problem(self) -> str:
-        return self.dock._problems.text()
-
-
-@pytest.fixture
-def desk(make_napari_viewer, qtbot):
-    def open_desk() -> TuneDesk:
-        library_dir().mkdir(parents=True)
-        save_model(weak_model(), library_dir() / "weak")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of napari's own start
-            viewer = make_napari_viewer()
-        return TuneDesk(viewer, qtbot, Session(load_model("weak"), "weak"))
-
-    return open_desk
-
-
-def children() -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any("napari_unet.child" in part for part in _command(process))
-    ]
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def library_files() -> list[str]:
-    folder = library_dir()
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
-
-
-def messages() -> list[str]:
-    return [str(note.message) for note in notification_manager.records]
-
-
-class Gaps:
-    """How long the event loop did not come round."""
-
-    def __init__(self, parent):
-        self.longest = 0.0
-        self.last = time.perf_counter()
-        self.timer = QTimer(parent)
-        self.timer.setInterval(5)
-        self.timer.timeout.connect(self._tick)
-        self.timer.start()
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.longest = max(self.longest, now - self.last)
-        self.last = now
-
-
-def ap50(labels, truth) -> float:
-    return score_images([(truth, labels)]).at(0.5).average_precision
-
-
-def test_paint_box_train_use_segment(desk):
-    """The whole story, with the event loop watched while it trains."""
-    on = desk()
+def test_paint_box_train_use_segment(tune_desk, monkeypatch):
+    """The whole story, with the event loop watched from Train to the new model."""
+    monkeypatch.setattr(_project, "DELAY", 500)
+    on = tune_desk()
     image = on.add_cells()
     on.wait_until(lambda: "Nothing is annotated" in on.problem)
     before = ap50(on.click_segment().data, on.truth)
@@ -193,15 +53,17 @@ def test_paint_box_train_use_segment(desk):
     regions.add_rectangles([[[0, 0], [0, 110], [159, 110], [159, 0]]])
     on.survey()
     listed = on.dock._annotations.listed.text()
-    assert "cells ← cells annotations · 1 region · " in listed
+    assert "cells ← annotations · 1 region · " in listed
     assert on.dock._name.text() == "weak-mine"
     base = on.session.model
     gc.collect()  # what the viewer's start has left is not the training's
-    on.train()
+    saved = on.project._autosave.saved
     gaps = Gaps(on.dock)
+    on.train()
+    on.wait_for_step(1)
+    labels.paint((150, 155), 65)
     on.wait_for_end()
-    gaps.timer.stop()
-    assert gaps.longest < 0.2
+    on.wait_until(lambda: on.project._autosave.saved != saved)
     assert "'weak-mine' is in the library" in on.status
     assert on.session.model is base
     assert len(on.dock._learning.outcome.plot.losses) == 40
@@ -210,10 +72,13 @@ def test_paint_box_train_use_segment(desk):
     assert preview.data.max() > 0
     assert "→" in on.dock._learning.outcome.held_out.text()
     on.dock._learning.outcome.use.click()
+    on.qtbot.wait(100)
+    gaps.timer.stop()
+    assert gaps.longest < 0.2
     assert on.session.model is not base
     assert on.session.source == "weak-mine"
     assert on.segment._chooser.chosen == "weak-mine"
-    assert "cells preview" not in on.viewer.layers
+    assert not preview.visible
     after = ap50(on.click_segment().data, on.truth)
     assert after > max(before, 0.6)
     assert on.dock._name.text() == "weak-mine-2"
@@ -222,8 +87,8 @@ def test_paint_box_train_use_segment(desk):
     assert image in on.viewer.layers
 
 
-def test_problems_are_words(desk):
-    on = desk()
+def test_problems_are_words(tune_desk):
+    on = tune_desk()
     assert "no image layer" in on.problem
     on.add_cells()
     assert "Nothing is annotated" in on.problem
@@ -248,8 +113,8 @@ def test_problems_are_words(desk):
     assert "choose another name" in on.job.start.toolTip()
 
 
-def test_start_from_segmentation_copies_the_objects(desk):
-    on = desk()
+def test_start_from_segmentation_copies_the_objects(tune_desk):
+    on = tune_desk()
     image = on.add_cells()
     image.scale = (2, 3)
     found = on.click_segment()
@@ -266,8 +131,8 @@ def test_start_from_segmentation_copies_the_objects(desk):
     assert "already" in on.dock._annotations.start.toolTip()
 
 
-def test_own_layers_can_be_chosen(desk):
-    on = desk()
+def test_own_layers_can_be_chosen(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.viewer.add_labels(on.truth, name="mine")
     on.viewer.add_labels(np.zeros((5, 5), int), name="of another size")
@@ -285,8 +150,8 @@ def test_own_layers_can_be_chosen(desk):
     assert "Nothing is annotated" in on.problem
 
 
-def test_regions_in_other_places_and_shapes(desk):
-    on = desk()
+def test_regions_in_other_places_and_shapes(tune_desk):
+    on = tune_desk()
     image = on.add_cells()
     image.scale = (0.5, 0.5)
     on.annotate()
@@ -305,8 +170,8 @@ def test_regions_in_other_places_and_shapes(desk):
     np.testing.assert_allclose(corners.max(0), 80, atol=1e-5)
 
 
-def test_cancel_leaves_nothing(desk):
-    on = desk()
+def test_cancel_leaves_nothing(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 100_000
@@ -333,8 +198,8 @@ def test_cancel_leaves_nothing(desk):
 
 
 @pytest.mark.parametrize("pause", [False, True])
-def test_cancel_while_it_starts_or_is_paused(desk, pause):
-    on = desk()
+def test_cancel_while_it_starts_or_is_paused(tune_desk, pause):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 100_000
@@ -361,8 +226,8 @@ def test_cancel_while_it_starts_or_is_paused(desk, pause):
     assert library_files() == ["weak.safetensors"]
 
 
-def test_killed_child_is_a_sentence(desk):
-    on = desk()
+def test_killed_child_is_a_sentence(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 100_000
@@ -380,9 +245,9 @@ def test_killed_child_is_a_sentence(desk):
     assert "weak-mine.safetensors" in library_files()
 
 
-def test_painting_during_the_training_changes_nothing(desk):
+def test_painting_during_the_training_changes_nothing(tune_desk):
     digests = []
-    on = desk()
+    on = tune_desk()
     on.add_cells()
     labels = on.annotate()
     on.dock._options.steps.value = 4
@@ -401,8 +266,8 @@ def test_painting_during_the_training_changes_nothing(desk):
 
 
 @pytest.mark.parametrize("change", ["delete", "rename", "clear", "close dock"])
-def test_layers_may_change_meanwhile(desk, change):
-    on = desk()
+def test_layers_may_change_meanwhile(tune_desk, change):
+    on = tune_desk()
     image = on.add_cells()
     labels = on.annotate()
     on.dock._options.steps.value, on.dock._options.every.value = 6, 3
@@ -422,8 +287,8 @@ def test_layers_may_change_meanwhile(desk, change):
     assert not children()
 
 
-def test_keep_old_leaves_the_model(desk):
-    on = desk()
+def test_keep_old_leaves_the_model(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 2
@@ -443,8 +308,8 @@ def test_keep_old_leaves_the_model(desk):
     assert on.segment._chooser.chosen == "weak"
 
 
-def test_new_network(desk):
-    on = desk()
+def test_new_network(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     chooser = on.dock._chooser
@@ -458,8 +323,8 @@ def test_new_network(desk):
     assert "new-mine" in list_models()
 
 
-def test_preview_follows_the_sliders(desk):
-    on = desk()
+def test_preview_follows_the_sliders(tune_desk):
+    on = tune_desk()
     image, truth = cells(96)
     layer = on.viewer.add_image(np.stack([image] * 3), name="movie")
     panel = on.dock._annotations
@@ -491,8 +356,8 @@ def test_preview_follows_the_sliders(desk):
     on.wait_until(lambda: not children(), 10)
 
 
-def test_weight_map_follows_painting(desk):
-    on = desk()
+def test_weight_map_follows_painting(tune_desk):
+    on = tune_desk()
     on.add_cells()
     labels = on.annotate()
     on.dock._options.show_weights.click()
@@ -508,11 +373,13 @@ def test_weight_map_follows_painting(desk):
     chooser = on.dock._annotations.image._list
     assert [chooser.itemText(i) for i in range(chooser.count())] == ["cells"]
     on.dock._options.show_weights.click()
-    assert "cells weight map" not in on.viewer.layers
+    assert not layer.visible
+    on.dock._options.show_weights.click()
+    on.wait_until(lambda: layer.visible, 5)
 
 
-def test_settings_are_remembered(desk):
-    on = desk()
+def test_settings_are_remembered(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 1
@@ -528,8 +395,8 @@ def test_settings_are_remembered(desk):
     again.deleteLater()
 
 
-def test_closed_dock_leaves_the_viewer_alone(desk):
-    on = desk()
+def test_closed_dock_leaves_the_viewer_alone(tune_desk):
+    on = tune_desk()
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 100_000
@@ -553,7 +420,7 @@ from qtpy.QtCore import QTimer
 from napari_unet.models.library import load_model
 from napari_unet.widgets._session import Session
 from napari_unet.widgets.fine_tune import FineTuneWidget
-from test_fine_tune_dock import cells, children
+from tune_desk import cells, children
 
 viewer = napari.Viewer()
 dock = FineTuneWidget(viewer, Session(load_model("weak"), "weak"))
@@ -604,3 +471,5 @@ def test_closing_napari_ends_the_training(home):
     assert time.monotonic() - started < 10
     assert not psutil.pid_exists(int(line))
     assert library_files() == ["weak.safetensors"]
+    (kept,) = load_project(data_dir() / "autosave" / "1").annotations
+    np.testing.assert_array_equal(kept.labels, cells()[1])

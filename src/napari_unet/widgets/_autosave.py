@@ -150,7 +150,7 @@ class Autosave:
         self._members: list[weakref.ref[Image]] = []  # of the project
         self._read = read
         self._changes = self._on_disk = 0
-        self._kept: tuple[Contents, int] | None = None
+        self._kept: tuple[Path | None, Contents, int] | None = None
         self.left: Slot | None = None  # of another session, offered to the user
         self._slot: Slot | None = None
         self._restored: list[Slot] = []
@@ -162,11 +162,6 @@ class Autosave:
         """Whether something is not on disk."""
         return self._on_disk < self._changes
 
-    @property
-    def is_in_project(self) -> bool:
-        """Whether the last save was to the user's project."""
-        return self.project is not None and self._slot is None
-
     def note_change(self) -> None:
         """Something was painted, drawn or chosen."""
         self._changes += 1
@@ -174,7 +169,18 @@ class Autosave:
     def note_removal(self) -> None:
         """An annotated layer is about to be removed: keep it until it is saved."""
         if self.is_needed and self._kept is None and (contents := self._read()):
-            self._kept = contents, self._changes
+            self._kept = self._target(contents), contents, self._changes
+
+    def count_missing(self, images: list[Image]) -> int:
+        """Return how many images of the project are not there any more.
+
+        When none is there, the project is closed.
+        """
+        missing = sum(member() not in images for member in self._members)
+        if missing == len(self._members):
+            self.project, self._members = None, []
+            return 0
+        return missing
 
     def opened(self, folder: Path | None, images: list[Image]) -> None:
         """The annotations of these images come from a project of the user.
@@ -186,9 +192,9 @@ class Autosave:
         images : list of Image
             Of the project.
         """
-        self.project = folder
-        self._members = [weakref.ref(image) for image in images]
+        self.project, self._members = folder, []
         if folder is not None:
+            self._members = [weakref.ref(image) for image in images]
             self._on_disk = self._changes
 
     def restored(self) -> None:
@@ -209,10 +215,8 @@ class Autosave:
         """Return the steps that save what is not on disk, None if all is."""
         kept = self._kept
         if kept is None and self.is_needed and (contents := self._read()):
-            kept = contents, self._changes
-        if kept is None:
-            return None
-        return self._write_steps(self._target(kept[0]), *kept)
+            kept = self._target(contents), contents, self._changes
+        return None if kept is None else self._write_steps(*kept)
 
     def save_as_steps(self, folder: Path) -> Generator[Progress, None, Path]:
         """Return the steps that save everything in a project of the user."""
@@ -269,7 +273,7 @@ class Autosave:
             )
             self.saved = datetime.now()
             self._on_disk = max(self._on_disk, changes)
-            if self._kept is not None and self._kept[1] <= changes:
+            if self._kept is not None and self._kept[2] <= changes:
                 self._kept = None
             # Lazy images may still be read from there until the session ends.
             for slot in self._restored:

@@ -94,7 +94,7 @@ class Learning(QWidget):
         self._notes: list[str] = []
         self._previews = Previews(viewer, chooser)
         self.job = JobRow("Train", self._train, self._cancel, self._toggle_pause)
-        self.stopped = StoppedTraining(self._resume)
+        self.stopped = StoppedTraining(self._resume, on_change)
         self.outcome = Outcome(viewer, self._use_new, self._keep_old)
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
@@ -251,7 +251,7 @@ class Learning(QWidget):
     def _settle(self, words: str) -> None:
         self._new = None
         self.outcome.offer(None)
-        self._previews.clear()
+        self._previews.hide()
         self.say(words)
         self._on_settled()
 

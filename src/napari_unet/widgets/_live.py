@@ -48,6 +48,7 @@ class PlaneLayers:
         self._make = make
         self._layers: weakref.WeakKeyDictionary[Image, weakref.ref[Layer]]
         self._layers = weakref.WeakKeyDictionary()
+        self._hidden: weakref.WeakSet[Layer] = weakref.WeakSet()
 
     def find(self, image: Image) -> Layer | None:
         """Return the layer on an image, if it is in the viewer."""
@@ -94,16 +95,20 @@ class PlaneLayers:
         if part.size != values.size:
             return layer  # the image was replaced meanwhile
         part[...] = np.reshape(values, part.shape)
+        if layer in self._hidden:
+            self._hidden.discard(layer)
+            layer.visible = True
         layer.refresh()
         return layer
 
-    def clear(self) -> None:
-        """Remove the layers."""
+    def hide(self) -> None:
+        """Empty and hide the layers; napari is slow to remove some."""
         for image in list(self._layers):
             layer = self.find(image)
             if layer is not None:
-                self._viewer.layers.remove(layer)
-        self._layers.clear()
+                layer.data[...] = 0
+                layer.visible = False
+                self._hidden.add(layer)
 
 
 class Previews:
@@ -156,28 +161,27 @@ class Previews:
         self._view = view
         return view
 
-    def show(self, view: View, objects: NDArray) -> None:
-        """Outline the objects in a view, if its image is still there."""
+    def show(self, view: View, outlines: NDArray) -> None:
+        """Show the outlines of objects in a view, if its image is still there."""
         image = self._images[view.annotation]()
         if image is not None:
             axes = self._axes[view.annotation]
-            self._layers.put(image, axes, dict(view.region), objects)
+            self._layers.put(image, axes, dict(view.region), outlines)
 
-    def clear(self) -> None:
-        """Remove the layers."""
-        self._layers.clear()
+    def hide(self) -> None:
+        """Show nothing until the next training."""
+        self._layers.hide()
 
 
 def make_preview(name: str, shape: list[int], space: dict[str, Any]) -> Labels:
-    """Make an empty layer for what a network finds now."""
+    """Make an empty layer for the outlines of what a network finds now."""
     layer = Labels(
-        np.zeros(shape, np.int32),
+        np.zeros(shape, np.uint8),  # other types are slow to draw
         name=f"{name} preview",
         metadata={_layers.PREVIEW: True},
         opacity=0.9,
         **space,
     )
-    layer.contour = 1  # outlines, so that the image and the painting stay visible
     layer.editable = False
     return layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from napari_unet.widgets._pairs import Pairs
 
 DELAY = 20_000  # ms from the first change to the autosave
+_SHARE = 0.1  # of the time may be spent with saving
 _MEMORY = "Project"
 
 
@@ -128,8 +130,10 @@ class ProjectPanel(QWidget):
 
     def refresh(self) -> None:
         """Show what can be done and what is saved."""
+        images = [pair.image for pair in self._pairs.all()]
+        missing = self._autosave.count_missing(images)
         folder, idle = self._autosave.project, self._worker is None
-        annotated = bool(self._pairs.all())
+        annotated = bool(images)
         self.save.setText("Save project" if folder else "Save project…")
         self.save.setEnabled(idle and annotated)
         self.open.setEnabled(idle)
@@ -149,20 +153,22 @@ class ProjectPanel(QWidget):
             if idle
             else busy
         )
-        self.line.setText(self._describe(annotated))
+        self.line.setText(self._describe(annotated, missing))
 
-    def _describe(self, annotated: bool) -> str:
+    def _describe(self, annotated: bool, missing: int) -> str:
         autosave = self._autosave
         if self._problem:
             return f"⚠ {self._problem}"
         if not annotated or (autosave.saved is None and autosave.project is None):
             return ""
         at = f" at {autosave.saved:%H:%M}" if autosave.saved else ""
-        if not autosave.is_in_project:
+        if autosave.project is None:
             return f"Kept safe{at}, but in no project."
-        assert autosave.project is not None
         name = autosave.project.name
         short = name if len(name) < 25 else f"{name[:23]}…"
+        if missing:
+            what = "1 image" if missing == 1 else f"{missing} images"
+            return f"{what} of {short} removed: Save project to agree."
         if autosave.is_needed:
             return f"Changed since {short} was saved{at}."
         return f"{short} is saved{at}."
@@ -199,11 +205,17 @@ class ProjectPanel(QWidget):
             return  # at its end it is looked at again
         steps = self._autosave.save_steps()
         if steps is not None:
-            self._run(steps, "", lambda folder: None)
+            self._run(steps, "", partial(self._pace, time.monotonic()))
+
+    @while_alive
+    def _pace(self, started: float, folder: Path) -> None:
+        """Save what takes long less often, to leave the computer to the user."""
+        took = 1000 * (time.monotonic() - started)
+        self._timer.setInterval(max(DELAY, int(took / _SHARE)))
 
     @while_alive
     def _on_saved(self, folder: Path) -> None:
-        self._on_words(f"Saved in {folder}. From now on changes are saved there, too.")
+        self._on_words("The project is saved. Changes will be saved there, too.")
 
     @while_alive
     def _on_removing(self, event: Any) -> None:

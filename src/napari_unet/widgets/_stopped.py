@@ -22,15 +22,20 @@ class StoppedTraining(Offer):
     ----------
     on_resume : callable
         Gets the training.
+    on_change : callable
+        Called when another training is offered, or none any more.
     """
 
-    def __init__(self, on_resume: Callable[[Stopped], None]):
+    def __init__(
+        self, on_resume: Callable[[Stopped], None], on_change: Callable[[], None]
+    ):
         super().__init__(
             "Resume",
             "Go on from there, with the annotations as they were.",
             lambda: on_resume(self.stopped) if self.stopped else None,
             self._forget,
         )
+        self._on_change = on_change
         self.stopped: Stopped | None = None
 
     @property
@@ -59,6 +64,7 @@ class StoppedTraining(Offer):
             else f"The training of {stopped.name!r} was stopped. It can go on from "
             f"step {stopped.step} of {stopped.steps}."
         )
+        self._on_change()
 
     def _forget(self) -> None:
         if self.stopped is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DELAY = 400  # ms after the last change
 _MANY = 0.25  # of all planes
+_LONGEST = 16  # letters of a name, so that a line is enough
 _WORDS = {"objects": ("object", "objects"), "classes": ("class", "classes")}
 
 
@@ -30,7 +31,7 @@ class Survey:
     """What is wrong with annotations, what may be, and how much is in each."""
 
     problems: list[str]
-    doubts: list[str]
+    doubt: str
     counts: list[int | None]
 
 
@@ -76,13 +77,12 @@ class Surveyor(QObject):
         assert self._seen is not None
         pairs, meaning = self._seen
         self._seen = None
-        self.problem, self.doubt = " ".join(survey.problems), " ".join(survey.doubts)
-        self._annotations.listed.setText(
-            "\n".join(
-                describe(pair, count, meaning)
-                for pair, count in zip(pairs, survey.counts, strict=True)
-            )
-        )
+        self.problem, self.doubt = " ".join(survey.problems), survey.doubt
+        found = zip(pairs, survey.counts, strict=True)
+        lines = [describe(pair, count, meaning) for pair, count in found]
+        names = [f"{pair.image.name} ← {pair.labels.name}" for pair in pairs]
+        self._annotations.listed.setText("\n".join(lines))
+        self._annotations.listed.setToolTip("\n".join(names))
         self._on_survey()
 
     def _fail(self, message: str) -> None:
@@ -93,7 +93,7 @@ class Surveyor(QObject):
 def survey_steps(
     annotations: Sequence[Annotation], ndim: int
 ) -> Generator[Progress, None, Survey]:
-    """Look for problems and doubts, and count what is painted.
+    """Look for problems and a doubt, and count what is painted.
 
     Parameters
     ----------
@@ -104,25 +104,27 @@ def survey_steps(
     """
     yield Progress(0, 1, "looking at the annotations")
     problems = find_problems(annotations)
-    doubts = [] if problems else [_doubt(one, ndim) for one in annotations]
-    counts = [_count(annotation) for annotation in annotations]
-    return Survey(problems, [doubt for doubt in doubts if doubt], counts)
+    doubt = "" if problems else _find_doubt(annotations, ndim)
+    return Survey(problems, doubt, [_count(annotation) for annotation in annotations])
 
 
-def _doubt(annotation: Annotation, ndim: int) -> str:
+def _find_doubt(annotations: Sequence[Annotation], ndim: int) -> str:
     """Say how many planes would be learnt as background though nobody painted there."""
-    if annotation.unpainted == "unknown" or len(annotation.regions):
-        return ""
-    axes = annotation.label_axes
-    seen = tuple(i for i, axis in enumerate(axes) if axis in "ZYX"[-ndim:])
-    painted = np.any(annotation.labels, axis=seen)
-    empty = painted.size - int(np.count_nonzero(painted))
-    if painted.size == 1 or empty <= _MANY * painted.size:
+    planes = empty = 0
+    for one in annotations:
+        if one.unpainted == "unknown" or len(one.regions):
+            continue
+        axes = one.label_axes
+        seen = tuple(i for i, axis in enumerate(axes) if axis in "ZYX"[-ndim:])
+        painted = np.any(one.labels, axis=seen)
+        planes += painted.size
+        empty += painted.size - int(np.count_nonzero(painted))
+    if empty <= _MANY * planes:
         return ""
     what = "planes" if ndim == 2 else "volumes"
     return (
-        f"{annotation.name}: {empty} of {painted.size} {what} are empty and count as "
-        "background. Draw regions, or choose unknown."
+        f"{empty} of {planes} {what} are empty: they count as background. Draw "
+        "regions, or choose unknown."
     )
 
 
@@ -140,7 +142,9 @@ def _count(annotation: Annotation) -> int | None:
 
 def describe(pair: Pair, count: int | None, meaning: Meaning) -> str:
     """Say in a line what is annotated where."""
-    parts = [f"{pair.image.name} ← {pair.labels.name}"]
+    image = pair.image.name
+    labels = pair.labels.name.removeprefix(f"{image} ")
+    parts = [f"{_short(image)} ← {_short(labels)}"]
     if pair.regions is not None:
         number = len(pair.regions.data)
         parts.append(f"{number} region{'s' * (number != 1)}")
@@ -148,3 +152,7 @@ def describe(pair: Pair, count: int | None, meaning: Meaning) -> str:
         one, many = _WORDS[meaning.labels_are]
         parts.append(f"{count} {one if count == 1 else many}")
     return " · ".join(parts)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"

@@ -33,6 +33,8 @@ from napari_unet.widgets._autosave import hold
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.settings import TrainingSettings
 
@@ -48,7 +50,7 @@ def trainings_dir() -> Path:
 
 @dataclass(frozen=True)
 class LiveStep(TrainingStep):
-    """A step, and of what its preview is."""
+    """A step with the outlines of what is previewed, and of what that is."""
 
     view: View | None = None
 
@@ -168,7 +170,9 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
             except StopIteration as stop:
                 path: Path = stop.value
                 return path
-            waiting = (yield LiveStep(**vars(step), view=view)) or waiting
+            shown = None if step.preview is None else outlines(step.preview)
+            seen = LiveStep(**vars(step) | {"preview": shown}, view=view)
+            waiting = (yield seen) or waiting
             forward = None
             if step.loss is not None and waiting is not None:
                 view = forward = waiting
@@ -187,6 +191,21 @@ def _save_steps(
         yield LiveStep(step.done, step.total, "copying the annotations")
     if begin.base is not None:
         save_model(begin.base, folder / BASE_FILE)
+
+
+def outlines(objects: NDArray) -> NDArray[np.uint8]:
+    """Return the edge pixels of objects in each plane.
+
+    napari would find them itself, but while the user waits, and slowly.
+    """
+    edge = np.zeros(objects.shape, bool)
+    for axis in (-2, -1):
+        there, here = np.moveaxis(objects, axis, 0), np.moveaxis(edge, axis, 0)
+        differ = there[1:] != there[:-1]
+        here[1:] |= differ
+        here[:-1] |= differ
+    colours = objects % np.iinfo(np.uint8).max + 1
+    return np.where(edge & (objects > 0), colours, 0).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -234,10 +253,15 @@ def discard_training(name: str) -> None:
     shutil.rmtree(trainings_dir() / name, ignore_errors=True)
 
 
+def taken_names() -> set[str]:
+    """Return what models and stopped trainings are called, in small letters."""
+    stopped = (folder.name for folder in trainings_dir().glob("*/"))
+    return {name.casefold() for name in [*list_models(), *stopped]}
+
+
 def free_name(base: str) -> str:
     """Propose a name for the model that is made of another one."""
-    stopped = (folder.name for folder in trainings_dir().glob("*/"))
-    taken = {name.casefold() for name in [*list_models(), *stopped]}
+    taken = taken_names()
     stem = re.sub(r"-mine(-\d+)?$", "", _FORBIDDEN.sub("-", base)).strip(" .") or "new"
     name, number = f"{stem}-mine", 1
     while name.casefold() in taken:

@@ -92,7 +92,7 @@ class WeightMap(QObject):
             self.request()
         else:
             self._timer.stop()
-            self._layers.clear()
+            self._layers.hide()
 
     def _steps(self) -> Generator[Progress, None, Any] | None:
         pair = self._annotations.current()

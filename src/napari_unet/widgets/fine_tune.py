@@ -20,7 +20,12 @@ from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._options import TrainingOptions
 from napari_unet.widgets._project import ProjectPanel
 from napari_unet.widgets._survey import Surveyor
-from napari_unet.widgets._training import Begin, free_name, name_problem
+from napari_unet.widgets._training import (
+    Begin,
+    free_name,
+    name_problem,
+    taken_names,
+)
 from napari_unet.widgets._weights import WeightMap
 
 if TYPE_CHECKING:
@@ -237,7 +242,7 @@ class FineTuneWidget(Dock):
             self._options.labels_are.value = annotation.labels_are
         self._options.show_settings(project.settings)
         self._chooser.choose(project.base, project.ndim)
-        if project.name and not name_problem(project.name):
+        if project.name and project.name.casefold() not in taken_names():
             self._name.setText(project.name)
         self._refresh()
         return images
