@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput
+from napari_unet.files import source
 from napari_unet.files.images import list_images, read_image
 from napari_unet.files.outputs import write_labels
 
@@ -290,6 +291,64 @@ def test_caller_says_what_is_lazy(tmp_path):
         lazy = read_image(tmp_path / name, max_bytes=pixels.nbytes - 1)
         assert isinstance(lazy.data, dask.array.Array)
         assert np.array_equal(lazy.data.compute(), eager.data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layout=st.sampled_from(
+        [
+            *({"tile": (16, 32)}, {"tile": (32, 16), "compression": "zlib"}),
+            *({"rowsperstrip": 7}, {"rowsperstrip": 7, "compression": "lzw"}),
+            *({"tile": (16, 16), "compression": "jpeg"}, {"bigtiff": True}),
+            *({"imagej": True}, {"byteorder": ">"}),
+            {"tile": (16, 16), "predictor": True, "compression": "zstd"},
+            {"rowsperstrip": 8, "compression": "jpeg"},
+        ]
+    ),
+    is_rgb=st.booleans(),
+    shape=st.tuples(st.integers(1, 3), st.integers(40, 70), st.integers(40, 70)),
+    seed=st.integers(0, 999),
+)
+def test_large_planes_are_lazy_in_parts(layout, is_rgb, shape, seed):
+    """A slide scanner's plane is larger than the memory."""
+    chance = np.random.default_rng(seed)
+    pixels = chance.integers(0, 255, shape + (3,) * is_rgb).astype("u1")
+    photometric = "rgb" if is_rgb else "minisblack"
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "LARGE_PLANE_BYTES", 300)
+        patch.setattr(source, "PIECE_SIDE", 20)
+        path = Path(folder) / "a.tif"
+        tifffile.imwrite(path, pixels, photometric=photometric, **layout)
+        whole, lazy = read_image(path), read_image(path, max_bytes=300)
+        assert isinstance(lazy.data, dask.array.Array)
+        assert len(lazy.data.chunks[lazy.axes.index("Y")]) > 1
+        assert np.array_equal(whole.data, tifffile.imread(path).squeeze())
+        assert np.array_equal(lazy.data.compute(), whole.data)
+        for _ in range(3):
+            key = tuple(
+                slice(*sorted(chance.integers(0, n, 2)), int(chance.integers(1, 4)))
+                for n in whole.data.shape
+            )
+            assert np.array_equal(lazy.data[key].compute(), whole.data[key])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(BadInput, match=r"a\.tif"):
+            lazy.data.compute()
+
+
+def test_part_of_a_large_plane_reads_only_its_tiles(tmp_path, monkeypatch):
+    pixels = random.integers(0, 999, (320, 480)).astype("u2")
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(32, 32), compression="zlib")
+    monkeypatch.setattr(source, "LARGE_PLANE_BYTES", 1000)
+    monkeypatch.setattr(source, "PIECE_SIDE", 64)
+    image = read_image(tmp_path / "a.tif", max_bytes=1000)
+    assert image.data.chunksize == (64, 64)
+    read, real = [], tifffile.FileHandle.read
+    monkeypatch.setattr(
+        tifffile.FileHandle, "read", lambda *args: read.append(args[1:]) or real(*args)
+    )
+    part = image.data[40:60, 100:120].compute()
+    assert np.array_equal(part, pixels[40:60, 100:120])
+    assert sum(size[0] for size in read if size) < 20_000
 
 
 def test_one_plane_beyond_the_memory_is_refused_with_numbers(tmp_path, little_memory):

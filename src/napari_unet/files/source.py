@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 AXES = "TCZYXS"
 UNNAMED = "Q"
+
+# Larger planes are read tile by tile, or strip by strip, about so many pixels square.
+LARGE_PLANE_BYTES = 2**26
+PIECE_SIDE = 2048
 
 DTYPE_KINDS = "buif"
 
@@ -166,12 +171,30 @@ class Planes(Protocol):
         """Yield planes by their number in the flattened stack."""
         ...
 
+    @property
+    def segment(self) -> tuple[int, int] | None:
+        """Rows and columns of what can be read alone, if a part of a plane can."""
+        ...
+
+    def read_part(self, index: int, rows: slice, columns: slice) -> NDArray[Any]:
+        """Read some rows and columns of a plane that has segments."""
+        ...
+
 
 class LazyPlanes:
-    """Planes in the form that dask reads from: an array that knows slicing."""
+    """Planes in the form that dask reads from: an array that knows slicing.
 
-    def __init__(self, planes: Planes) -> None:
+    Parameters
+    ----------
+    planes : Planes
+        Where the pixels come from.
+    in_parts : bool
+        Whether only the part of a plane that is asked for is read.
+    """
+
+    def __init__(self, planes: Planes, in_parts: bool = False) -> None:
         self._planes = planes
+        self._in_parts = in_parts
         self.shape = planes.shape
         self.dtype = planes.dtype
         self.ndim = len(planes.shape)
@@ -181,11 +204,35 @@ class LazyPlanes:
         stack_shape = self.shape[:depth]
         numbers = np.arange(int(np.prod(stack_shape))).reshape(stack_shape)
         chosen = numbers[key[:depth]]
-        planes = [
-            plane.reshape(self.shape[depth:])[key[depth:]]
-            for plane in self._planes.read(int(i) for i in chosen.flat)
-        ]
+        if not chosen.size:
+            nothing: NDArray[Any] = np.broadcast_to(self.dtype.type(), self.shape)[key]
+            return nothing
+        if not self._in_parts:
+            planes = [
+                plane.reshape(self.shape[depth:])[key[depth:]]
+                for plane in self._planes.read(int(i) for i in chosen.flat)
+            ]
+        else:
+            rows, row = _span(key[depth], self.shape[depth])
+            columns, column = _span(key[depth + 1], self.shape[depth + 1])
+            inner = (row, column, *key[depth + 2 :])
+            planes = [
+                self._planes.read_part(int(i), rows, columns)[inner]
+                for i in chosen.flat
+            ]
         return np.stack(planes).reshape(chosen.shape + planes[0].shape)
+
+
+def _span(index: slice | int, length: int) -> tuple[slice, slice | int]:
+    """Return what must be read for an index, and the index in what was read."""
+    if not isinstance(index, slice):
+        at = range(length)[index]
+        return slice(at, at + 1), 0
+    chosen = range(*index.indices(length))
+    if not chosen:
+        return slice(0, 0), slice(None)
+    first, last = sorted((chosen[0], chosen[-1]))
+    return slice(first, last + 1), slice(None, None, chosen.step)
 
 
 def assemble(
@@ -213,8 +260,22 @@ def assemble(
         for target, plane in zip(result, planes.read(range(count)), strict=True):
             target[...] = plane.reshape(target.shape)
         return result.reshape(shape)
-    check_fits(planes.path, nbytes // count, "one plane")
-    return lazy_array(planes.path, LazyPlanes(planes), (1,) * depth + shape[depth:])
+    in_parts = planes.segment is not None and nbytes // count > LARGE_PLANE_BYTES
+    piece = _piece(planes) if in_parts else shape[depth:]
+    what = "a part of one plane" if in_parts else "one plane"
+    check_fits(planes.path, math.prod(piece) * dtype.itemsize, what)
+    lazy = LazyPlanes(planes, in_parts)
+    return lazy_array(planes.path, lazy, (1,) * depth + piece)
+
+
+def _piece(planes: Planes) -> tuple[int, ...]:
+    """Return the shape of what is read at once: whole strips or tiles of a plane."""
+    height, width, *samples = planes.shape[planes.stack_ndim :]
+    assert planes.segment is not None
+    rows, columns = planes.segment
+    across = min(width, max(1, PIECE_SIDE // columns) * columns)
+    down = max(1, PIECE_SIDE**2 // (rows * across)) * rows
+    return min(height, down), across, *samples
 
 
 def lazy_array(

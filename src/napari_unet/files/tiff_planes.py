@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 UNCOMPRESSED = 1
+JPEG = (6, 7, 34892, 33007)
 # The highest ratio that a format can reach: deflate by its design, LZW with
 # 12-bit codes, PackBits with runs of 128. Beyond it the header lies.
 MAX_RATIO = {5: 4096, 8: 1040, 32946: 1040, 32773: 64}
@@ -55,6 +57,27 @@ class RawPlanes:
                     raise BadInput(f"{self.path.name} has changed while it was read.")
                 yield plane.reshape(plane_shape).astype(self.dtype, copy=False)
 
+    @property
+    def segment(self) -> tuple[int, int] | None:
+        """Rows and columns of what can be read alone: one row."""
+        plane_shape = self.shape[self.stack_ndim :]
+        return (1, plane_shape[1]) if len(plane_shape) > 1 else None
+
+    def read_part(self, index: int, rows: slice, columns: slice) -> NDArray[Any]:
+        """Read some rows and columns of one plane."""
+        _, width, *samples = self.shape[self.stack_ndim :]
+        plane_pixels = math.prod(self.shape[self.stack_ndim :])
+        row_pixels = width * math.prod(samples)
+        first = index * plane_pixels + rows.start * row_pixels
+        count = (rows.stop - rows.start) * row_pixels
+        with reading(self.path), open(self.path, "rb") as file:
+            file.seek(self.offset + first * self.stored.itemsize)
+            part = np.fromfile(file, self.stored, count)
+            if part.size != count:
+                raise BadInput(f"{self.path.name} has changed while it was read.")
+        part = part.reshape(-1, width, *samples)[:, columns]
+        return part.astype(self.dtype, copy=False)
+
 
 @dataclass(frozen=True)
 class PageAddress:
@@ -75,6 +98,7 @@ class PagePlanes:
     dtype: np.dtype[Any]
     page_shape: tuple[int, ...]
     pages: tuple[PageAddress, ...]
+    segment: tuple[int, int] | None
 
     def read(self, indices: Iterable[int]) -> Iterator[NDArray[Any]]:
         """Yield planes by their number in the flattened stack."""
@@ -95,7 +119,52 @@ class PagePlanes:
             if tiff is not None:
                 tiff.close()
 
+    def read_part(self, index: int, rows: slice, columns: slice) -> NDArray[Any]:
+        """Read some rows and columns of one plane: only the tiles that have them."""
+        address = self.pages[index]
+        with (
+            reading(address.path),
+            listening(address.path),
+            tifffile.TiffFile(address.path, _multifile=False) as tiff,
+        ):
+            return self._decode_part(self._page(tiff, address), rows, columns)
+
+    def _decode_part(
+        self, page: tifffile.TiffPage, rows: slice, columns: slice
+    ) -> NDArray[Any]:
+        assert self.segment is not None
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        result = np.empty((*shape, page.samplesperpixel), self.dtype)
+        across = -(-page.imagewidth // self.segment[1])
+        grid = [
+            range(part.start // side, -(-part.stop // side))
+            for part, side in zip((rows, columns), self.segment, strict=True)
+        ]
+        tables = {}
+        if int(page.compression) in JPEG:
+            tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
+        file = page.parent.filehandle
+        for down, right in itertools.product(*grid):
+            number = down * across + right
+            file.seek(page.dataoffsets[number])
+            encoded = file.read(page.databytecounts[number])
+            pixels, (_, _, y, x, _), _ = page.decode(encoded, number, **tables)
+            assert pixels is not None
+            # Where the tile begins, as seen from the part, and where it ends.
+            top, left = y - rows.start, x - columns.start
+            target = result[max(top, 0) :, max(left, 0) :]
+            tile = pixels[0, max(-top, 0) :, max(-left, 0) :]
+            height = min(tile.shape[0], target.shape[0])
+            width = min(tile.shape[1], target.shape[1])
+            target[:height, :width] = tile[:height, :width]
+        return result.reshape(*shape, *self.page_shape[2:])
+
     def _read_page(self, tiff: tifffile.TiffFile, address: PageAddress) -> NDArray[Any]:
+        page = self._page(tiff, address)
+        return page.asarray().astype(self.dtype, copy=False)
+
+    def _page(self, tiff: tifffile.TiffFile, address: PageAddress) -> tifffile.TiffPage:
+        """Open a page and check that it is what the first one promised."""
         tiff.filehandle.seek(address.directory)
         page = tifffile.TiffPage(tiff, 0)
         # tifffile takes the size of every page of a stack from the first one.
@@ -110,7 +179,7 @@ class PagePlanes:
                 f"{self.dtype}; save pages of one kind into one file."
             )
         check_storage(address.path, page, page)
-        return page.asarray().astype(self.dtype, copy=False)
+        return page
 
 
 def planes_of(path: Path, series: tifffile.TiffPageSeries) -> RawPlanes | PagePlanes:
@@ -158,12 +227,38 @@ def planes_of(path: Path, series: tifffile.TiffPageSeries) -> RawPlanes | PagePl
         check_storage(file, page, keyframe)
         addresses.append(PageAddress(file, page.offset, page.dataoffsets[0]))
     return PagePlanes(
-        path, shape, stack_ndim, dtype, tuple(keyframe.shape), tuple(addresses)
+        path,
+        shape,
+        stack_ndim,
+        dtype,
+        tuple(keyframe.shape),
+        tuple(addresses),
+        _segment(keyframe, shape[stack_ndim:]),
     )
+
+
+def _segment(
+    keyframe: tifffile.TiffPage, plane_shape: tuple[int, ...]
+) -> tuple[int, int] | None:
+    """Return the rows and columns of a strip or tile, if it can be read alone."""
+    is_plain = (
+        tuple(keyframe.shape) == plane_shape
+        and keyframe.axes in ("YX", "YXS")
+        # Decoders of JPEG give every pixel its colours back.
+        and (not keyframe.is_subsampled or int(keyframe.compression) in JPEG)
+        and int(keyframe.planarconfig) == tifffile.PLANARCONFIG.CONTIG
+    )
+    if not is_plain:
+        return None
+    height, width = keyframe.chunks[:2]
+    return int(height), int(width)
 
 
 def _stack_ndim(path: Path, shape: tuple[int, ...], keyframe: tifffile.TiffPage) -> int:
     """Return how many leading axes enumerate pages."""
+    leading = len(shape) - len(keyframe.shape)
+    if leading >= 0 and shape[leading:] == tuple(keyframe.shape):
+        return leading
     for ndim in range(len(shape) + 1):
         if math.prod(shape[ndim:]) == keyframe.size:
             return ndim
