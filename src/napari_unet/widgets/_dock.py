@@ -47,15 +47,19 @@ class Dock(QScrollArea):
 
     def add_form(self) -> QFormLayout:
         """Append rows with labels on the left, fields filling the width."""
-        form = QFormLayout()
-        form.setContentsMargins(0, 0, 0, 0)
-        form.setSpacing(6)
-        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        form.setLabelAlignment(
-            Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter
-        )
+        form = form_rows()
         self.column.addLayout(form)
         return form
+
+
+def form_rows() -> QFormLayout:
+    """Make rows with labels on the left, fields filling the width."""
+    form = QFormLayout()
+    form.setContentsMargins(0, 0, 0, 0)
+    form.setSpacing(6)
+    form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+    form.setLabelAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter)
+    return form
 
 
 def while_alive(method: Method) -> Method:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from napari_unet.inference.instances import ObjectSettings
 
+LARGEST = 2000  # pixels that the slider reaches, if nobody wants more
+
 
 class ObjectsPanel(QWidget):
     """How objects are made of probabilities, and how many there are.
@@ -34,10 +36,10 @@ class ObjectsPanel(QWidget):
         self._threshold.setDecimals(2)
         self._threshold.setToolTip(
             "How sure the network must be that a pixel belongs to an object.\nHigher "
-            "makes objects smaller and separates them. Changes show at once."
+            "makes objects smaller and separates them."
         )
         self._smallest = QLabeledSlider()
-        self._smallest.setRange(0, 2000)
+        self._smallest.setRange(0, LARGEST)
         self._smallest.setToolTip(
             "Smaller objects are left out; in pixels, or voxels in 3D."
         )
@@ -91,6 +93,7 @@ class ObjectsPanel(QWidget):
             signals_blocked(self._split),
         ):
             self._threshold.setValue(threshold)
+            self._smallest.setMaximum(max(LARGEST, smallest))
             self._smallest.setValue(smallest)
             self._split.setChecked(
                 bool(mine.get("split_touching", settings.split_touching))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,8 @@ class Session:
     """The model that Segment, Fine-tune and Batch work with, and who is at work.
 
     Set it on the main thread only: slots run in the thread that sets it. `source` is
-    the name or path it was loaded from, if any; set it before the model.
+    the name or path it was loaded from, if any; set it before the model. `objects` is
+    how the user has objects made now, as keywords of `ObjectSettings`, by model.
     """
 
     events: ClassVar[SignalGroupDescriptor] = SignalGroupDescriptor(
@@ -33,6 +34,7 @@ class Session:
     model: Model | None = None
     source: str = ""
     is_segmenting: bool = False
+    objects: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 session = Session()

@@ -308,6 +308,8 @@ class SegmentWidget(Dock):
         return None if run is None else run.labels
 
     def _on_objects(self) -> None:
+        mine = {self._chooser.chosen: self._objects.values()}
+        self._session.objects = {**self._session.objects, **mine}
         # Not restarted by every move: the labels follow while a slider is dragged.
         if not self._relabel_timer.isActive():
             self._relabel_timer.start()

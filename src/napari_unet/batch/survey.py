@@ -1,0 +1,156 @@
+"""What a batch would do, before it does: what is done, what is left, what is lost."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from napari_unet.batch.folder import complete_job
+from napari_unet.batch.journal import Journal
+from napari_unet.batch.plan import JOURNAL, check_batch, plan_batch
+from napari_unet.errors import BadInput, BadModel
+from napari_unet.files.images import read_image
+from napari_unet.files.members import state_of
+from napari_unet.inference.source import open_source
+from napari_unet.models.checkpoint import model_sha256
+from napari_unet.steps import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from napari_unet.batch.job import BatchJob
+    from napari_unet.batch.journal import Entry
+    from napari_unet.batch.plan import Item
+    from napari_unet.models.model import Model
+
+__all__ = ["FileState", "Survey", "survey_steps"]
+
+_AT_ONCE = 50  # files between two yields
+_FIRST_BYTES = 2**24  # of the first image; a larger one is not read
+
+
+@dataclass(frozen=True)
+class FileState:
+    """How one image stands.
+
+    Parameters
+    ----------
+    item : Item
+        The image and its results.
+    status : str
+        "skipped" if it is done; "failed" or "waiting" if it is not; "other" if there
+        are results that were made in another way or changed since.
+    entry : Entry or None
+        What became of it, if it is "skipped" or "failed".
+    """
+
+    item: Item
+    status: Literal["skipped", "failed", "waiting", "other"]
+    entry: Entry | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a batch would do.
+
+    Parameters
+    ----------
+    job : BatchJob
+        With the hash of the model and the versions.
+    files : tuple of FileState
+        In the order of the plan.
+    is_begun : bool
+        Whether there is a journal, so that the batch can be resumed.
+    doubt : str
+        Why the first image cannot be segmented, "" if it can.
+    pixel_size : dict
+        Of the first image: axis letter to micrometres.
+    """
+
+    job: BatchJob
+    files: tuple[FileState, ...]
+    is_begun: bool
+    doubt: str
+    pixel_size: dict[str, float]
+
+    def count(self, status: str) -> int:
+        """Return the number of files of a status."""
+        return sum(file.status == status for file in self.files)
+
+
+def survey_steps(job: BatchJob, model: Model) -> Generator[Progress, None, Survey]:
+    """Look what a batch would do; nothing is written into its output.
+
+    Parameters
+    ----------
+    job : BatchJob
+        What is to be done.
+    model : Model
+        The job's, loaded.
+
+    Yields
+    ------
+    Progress
+
+    Returns
+    -------
+    Survey
+
+    Raises
+    ------
+    BadInput, BadModel, BadOutput
+        Why the job cannot be done at all.
+    """
+    yield Progress(0, 1, "looking at the folder")
+    found = model_sha256(model)
+    if job.model_sha256 not in ("", found):
+        raise BadModel(
+            f"The model {job.model} is not the one that the job was made with. Get "
+            "that one again, or choose a model to use that."
+        )
+    items = plan_batch(job)
+    yield Progress(0, 1, "looking at the folder")
+    check_batch(job, items, overwrite=True)
+    job = complete_job(job, model)
+    journal = Journal(job.output / JOURNAL, job.fingerprint)
+    entries = journal.entries
+    files = []
+    for number, item in enumerate(items):
+        if number % _AT_ONCE == 0:
+            yield Progress(number, len(items), "looking at the results")
+        files.append(_look(item, job, journal, entries))
+    doubt, pixel_size = _try_first(items[0], job, model)
+    is_begun = (job.output / JOURNAL).is_file()
+    return Survey(job, tuple(files), is_begun, doubt, pixel_size)
+
+
+def _look(
+    item: Item, job: BatchJob, journal: Journal, entries: dict[str, Entry]
+) -> FileState:
+    entry = entries.get(item.name)
+    if entry and entry.status == "done":
+        if journal.is_done(item.name, state_of(item.image), job.output):
+            return FileState(item, "skipped", entry)
+        is_other = True  # the image or the results have changed since
+    else:
+        # Without any line in the journal not even begun by this batch.
+        is_other = journal.is_outdated(item.name) or not entries
+    if is_other and any(map(os.path.lexists, item.outputs)):
+        return FileState(item, "other")
+    if entry and entry.status == "failed":
+        return FileState(item, "failed", entry)
+    return FileState(item, "waiting")
+
+
+def _try_first(item: Item, job: BatchJob, model: Model) -> tuple[str, dict[str, float]]:
+    """See whether the first image fits: if not, the others hardly will."""
+    try:
+        image = read_image(item.image, job.axes, max_bytes=_FIRST_BYTES)
+        known = {**image.pixel_size, **(job.pixel_size or {})}
+        sizes = {axis: known[axis] for axis in image.axes if axis in known}
+        open_source(image.data, model, image.axes, job.settings.channels)
+        model.rescaling(sizes)
+    except BadInput as error:
+        return f"{item.name}: {error}", {}
+    return "", sizes
