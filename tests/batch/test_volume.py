@@ -11,11 +11,16 @@ import zarr
 from tiny import noise, tiny_model
 
 from napari_unet import predict, segment
+from napari_unet.batch import stitch
 from napari_unet.batch.volume import segment_into_steps
-from napari_unet.errors import BadOutput
+from napari_unet.errors import BadOutput, OutOfMemory
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.inference.segment import Found
+from napari_unet.models.model import Model
+from napari_unet.models.normalize import Normalization
+from napari_unet.network.receptive_field import receptive_field
+from napari_unet.network.unet import UNet
 from napari_unet.steps import run_to_end
 
 
@@ -126,8 +131,10 @@ def far_from(threshold: float, probabilities: np.ndarray) -> float:
         ("XYTZ", (20, 18, 2, 14), (8, 16, 16)),
     ],
 )
-@pytest.mark.parametrize("kinds", [("objects",), ("objects", "region", "objects")])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("kinds", "split"),
+    [(("objects",), False), (("objects", "region", "objects"), True)],
+)
 def test_blocks_are_the_whole(axes, shape, block, kinds, split):
     image = noise(*shape)
     model = tiny_model(*kinds, ndim=3 if "Z" in axes else 2)
@@ -141,6 +148,152 @@ def test_blocks_are_the_whole(axes, shape, block, kinds, split):
     np.testing.assert_array_equal(labels, one)
     assert in_blocks == found
     check_found(found, labels, kinds)
+
+
+def ticks_of(image, model, settings=None, *, scratch=None, block=(32, 32), **options):
+    """All that is yielded, and the labels."""
+    with closing(Predictor(image, model, **options)) as predictor:
+        labels = np.zeros(predictor.output_shape[1:], np.uint32)
+        steps = segment_into_steps(
+            predictor,
+            settings or ObjectSettings(),
+            labels,
+            block_shape=block,
+            scratch=scratch,
+        )
+        return list(steps), labels
+
+
+def test_progress_counts_all_blocks(tmp_path):
+    model = tiny_model()
+    settings = ObjectSettings(0.5, split_touching=True)
+    ticks, _ = ticks_of(noise(2, 70, 50), model, settings, axes="TYX", scratch=tmp_path)
+    done = [tick.done for tick in ticks]
+    assert done == sorted(done)
+    assert len({tick.total for tick in ticks}) == 1
+    assert done[-1] == ticks[-1].total
+    assert "block 12 of 12" in {tick.message for tick in ticks}
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_said_is_said_once():
+    image = noise(70, 90).astype(np.float32)
+    image[3, 3] = image[60, 80] = np.nan
+    model = trained_for_pixel_size(0.5)
+    ticks, labels = ticks_of(image, model, pixel_size={"Y": 0.3, "X": 0.3})
+    notes = [tick.note for tick in ticks if tick.note]
+    assert len(notes) == 2
+    assert "rescaling" in notes[0]
+    assert notes[1].startswith("2 pixels are NaN")
+    assert labels[3, 3] == labels[60, 80] == 0
+
+
+def trained_for_pixel_size(size: float) -> Model:
+    return tiny_model("objects", pixel_size=(size, size))
+
+
+@pytest.mark.parametrize("size", [0.3, 0.5, 0.8])
+def test_blocks_of_a_rescaled_image(size):
+    """The grid of the model lies over the whole image, not over each block."""
+    image = noise(75, 90)
+    model = trained_for_pixel_size(0.5)
+    options = {"pixel_size": {"Y": size, "X": size * 1.1}}
+    whole = predict(image, model, **options)
+    wanted = ObjectSettings(far_from(0.5, whole), 2)
+    one, _, _ = segment_into(image, model, wanted, **options)
+    labels, probabilities, _ = segment_into(
+        image, model, wanted, block_shape=(28, 40), **options
+    )
+    np.testing.assert_allclose(probabilities, whole, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(labels, one)
+
+
+def test_blocks_of_a_part_of_an_image():
+    image, model = noise(3, 80, 90), tiny_model()
+    region = {"T": slice(1, 3), "Y": slice(5, 70), "X": slice(21, 88)}
+    options = {"axes": "TYX", "region": region}
+    wanted = ObjectSettings(far_from(0.5, predict(image, model, **options)))
+    one, _, _ = segment_into(image, model, wanted, **options)
+    labels, _, _ = segment_into(image, model, wanted, block_shape=(32, 32), **options)
+    np.testing.assert_array_equal(labels, one)
+
+
+class Counted:
+    """A lazy image that counts the pixels that are read of it."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels, self.shape = pixels, pixels.shape
+        self.dtype, self.ndim, self.read = pixels.dtype, pixels.ndim, 0
+
+    def __getitem__(self, index):
+        part = self.pixels[index]
+        self.read += part.size
+        return part
+
+
+@pytest.mark.parametrize("scope", ["image", "plane"])
+def test_each_block_of_a_lazy_image_is_read_once(scope):
+    pixels = noise(2, 96, 96)
+    model = tiny_model("objects", normalization=Normalization(scope=scope))
+    image = Counted(pixels)
+    settings = ObjectSettings(0.6)
+    _, labels = ticks_of(
+        image, model, settings, axes="TYX", block=(48, 48), tile_shape=(8, 8)
+    )
+    # Once for the statistics, and once with the halos of four blocks.
+    halo = sum(receptive_field(model.network.config).halo)
+    assert image.read <= pixels.size + 2 * 4 * (48 + halo) ** 2
+    _, in_memory = ticks_of(
+        pixels, model, settings, axes="TYX", block=(48, 48), tile_shape=(8, 8)
+    )
+    np.testing.assert_array_equal(labels, in_memory)
+
+
+def test_blocks_to_come_are_cut_as_memory_ran_out(monkeypatch):
+    forward, failures = UNet.forward, []
+
+    def limited(self, image):
+        if image[0, 0].numel() > 110**2:
+            failures.append(image.shape)
+            raise MemoryError
+        return forward(self, image)
+
+    monkeypatch.setattr(UNet, "forward", limited)
+    ticks, _ = ticks_of(
+        noise(260, 260), tiny_model(), block=(128, 128), tile_shape=(128, 128)
+    )
+    notes = [tick.note for tick in ticks if tick.note]
+    assert notes == ["Memory ran out on cpu; going on with smaller tiles."]
+    assert len(failures) < 3
+    done = [tick.done for tick in ticks]
+    assert done == sorted(done)
+
+
+def test_cancelled_at_any_time_nothing_stays(tmp_path):
+    model = tiny_model()
+    settings = ObjectSettings(0.5, split_touching=True)
+    options = {"scratch": tmp_path, "block_shape": (32, 32)}
+    count = 0
+    while True:
+        count += 5
+        with closing(Predictor(noise(40, 30), model)) as predictor:
+            labels = np.zeros((40, 30), np.uint32)
+            steps = segment_into_steps(predictor, settings, labels, **options)
+            ended = sum(1 for _ in zip(range(count), steps, strict=False)) < count
+            steps.close()
+        assert not list(tmp_path.iterdir())
+        if ended:
+            break
+    assert count > 10
+
+
+def test_memory_that_runs_out_is_told(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(stitch, "components", fail)
+    with pytest.raises(OutOfMemory, match="Close other programs"):
+        ticks_of(noise(40, 40), tiny_model())
 
 
 # --- memory ------------------------------------------------------------------------

@@ -190,12 +190,14 @@ def _blocks_steps(
             yield from _shifted_steps(
                 _block_steps(part, stitcher, box, probabilities, view),
                 index * size + number * tiles,
+                tiles,
                 total,
                 f"block {index * count + number + 1} of {len(predictor.units) * count}",
             )
         found += yield from _shifted_steps(
             _beside_steps(predictor, stitcher.label_steps(numbering.next_label)),
             index * size + tiles * count,
+            stitcher.total,
             total,
         )
         numbering.count = sum(found.objects)
@@ -287,9 +289,14 @@ def _beside_steps(
 
 
 def _shifted_steps(
-    steps: Generator[Progress, None, Result], before: int, total: int, message: str = ""
+    steps: Generator[Progress, None, Result],
+    before: int,
+    share: int,
+    total: int,
+    message: str = "",
 ) -> Generator[Progress, None, Result]:
-    """Count the progress of a part from ``before`` on."""
+    """Let the progress of a part run from ``before`` on over its share of the whole."""
+    done = before
     with closing(steps):
         while True:
             try:
@@ -297,5 +304,5 @@ def _shifted_steps(
             except StopIteration as stop:
                 result: Result = stop.value
                 return result
-            done = min(before + tick.done, total)
+            done = max(done, before + share * tick.done // max(tick.total, 1))
             yield Progress(done, total, message or tick.message, tick.note)
