@@ -47,6 +47,13 @@ def run(job, **options):
         return run_to_end(batch_steps(job, **options))
 
 
+def run_well(job, **options):
+    """Run a batch in which nothing may fail."""
+    report = run(job, **options)
+    assert not [(e.name, e.reason, e.details) for e in report.failed]
+    return report
+
+
 def results(folder):
     """Hashes of everything that must be the same each time."""
     return {

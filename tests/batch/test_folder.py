@@ -17,6 +17,7 @@ from batch_cases import (
     parts,
     results,
     run,
+    run_well,
     unchanged,
 )
 from cli_cases import hashes, squares, threshold_model, write_image
@@ -67,8 +68,7 @@ def test_a_folder_becomes_a_folder(place):
 
 
 def test_the_summary_and_the_journal(place):
-    report = run(make_job(place))
-    assert report.error is None
+    report = run_well(make_job(place))
     assert report.skipped == 0
     assert [entry.objects for entry in report.entries] == [1, 2, 3]
     lines = (place / "out" / "summary.csv").read_text().splitlines()
@@ -84,8 +84,7 @@ def test_the_summary_and_the_journal(place):
 
 @pytest.mark.parametrize("kind", ["tif", "ome.tif", "ome.zarr"])
 def test_formats(place, kind):
-    report = run(make_job(place, format=kind, probabilities=True))
-    assert report.error is None
+    report = run_well(make_job(place, format=kind, probabilities=True))
     for i in range(3):
         labels = place / "out" / f"a{i}.{kind}"
         assert label_count(labels) == i + 1
@@ -118,8 +117,7 @@ def test_odd_names(place):
         write_image(place / "in" / name, squares(2))
     if os.name == "posix":
         write_image(place / "in" / os.fsdecode(b"not text \xff.tif"), squares(1))
-    report = run(make_job(place))
-    assert report.error is None
+    report = run_well(make_job(place))
     names = {path.name for path in (place / "in").iterdir()}
     assert {path.name for path in (place / "out").glob("*.tif")} == names
     assert done_again(make_job(place), resume=True) == []
@@ -233,7 +231,7 @@ def tear_journal(place):
     "change", [change_image, touch_image, remove_result, cut_result, tear_journal]
 )
 def test_resume_does_again_what_has_changed(place, change):
-    run(make_job(place))
+    run_well(make_job(place))
     change(place)
     assert done_again(make_job(place), resume=True) == ["a1.tif"]
     expected = 4 if change is change_image else 2
@@ -242,7 +240,7 @@ def test_resume_does_again_what_has_changed(place, change):
 
 
 def test_resume_does_all_again_with_another_model_or_other_settings(place):
-    run(make_job(place))
+    run_well(make_job(place))
     everything = ["a0.tif", "a1.tif", "a2.tif"]
     other = make_job(place, settings=SegmentSettings(threshold=0.9))
     notes = [step.note for step in batch_steps(other, resume=True)]
@@ -260,7 +258,7 @@ def test_resume_does_all_again_with_another_model_or_other_settings(place):
 
 def test_what_is_about_to_be_replaced_is_not_done(place, monkeypatch):
     """A kill while another model replaces results leaves nothing that passes."""
-    run(make_job(place))
+    run_well(make_job(place))
     other = make_job(place, settings=SegmentSettings(threshold=0.9))
     with closing(batch_steps(other, overwrite=True)) as steps:
         while next(steps).status != "running":
@@ -272,7 +270,7 @@ def test_what_is_about_to_be_replaced_is_not_done(place, monkeypatch):
 
 
 def test_a_new_image_is_done_and_one_that_is_gone_is_forgotten(place):
-    run(make_job(place))
+    run_well(make_job(place))
     (place / "in" / "a0.tif").unlink()
     write_image(place / "in" / "b.tif", squares(1))
     report = run(make_job(place), resume=True)
@@ -281,14 +279,14 @@ def test_a_new_image_is_done_and_one_that_is_gone_is_forgotten(place):
 
 
 def test_results_are_only_replaced_when_told(place):
-    run(make_job(place))
+    run_well(make_job(place))
     with pytest.raises(BadOutput, match="exist already; use --overwrite"):
         run(make_job(place))
     assert len(done_again(make_job(place), overwrite=True)) == 3
 
 
 def test_a_journal_of_a_newer_version_is_not_touched(place):
-    run(make_job(place))
+    run_well(make_job(place))
     path = place / "out" / "journal.jsonl"
     path.write_text(path.read_text().replace('"journal": 1', '"journal": 2'))
     before = hashes(place / "out")
@@ -309,12 +307,12 @@ def test_the_job_file_repeats_the_batch(place):
     assert told.versions["torch"]
     assert done_again(told, resume=True) == []
     again = told.model_copy(update={"output": place / "again"})
-    run(again)
+    run_well(again)
     assert results(place / "again") == results(place / "out")
 
 
 def test_another_model_of_that_name_is_refused(place):
-    run(make_job(place))
+    run_well(make_job(place))
     told = BatchJob.load(place / "out" / "job.yaml")
     threshold_model(place / "m.safetensors", pixel_size=(1.0, 1.0))
     with pytest.raises(BadModel, match="is not the one that the job was made with"):
@@ -322,7 +320,7 @@ def test_another_model_of_that_name_is_refused(place):
 
 
 def test_other_programs_are_told(place):
-    run(make_job(place))
+    run_well(make_job(place))
     told = BatchJob.load(place / "out" / "job.yaml")
     told = told.model_copy(update={"versions": {**told.versions, "torch": "1.0"}})
     notes = [step.note for step in batch_steps(told, resume=True)]
@@ -335,7 +333,7 @@ def test_other_programs_are_told(place):
 @pytest.mark.parametrize("ticks", range(3, 30, 2))
 def test_cancel_keeps_what_is_finished(place, ticks):
     reference = place / "reference"
-    run(make_job(place).model_copy(update={"output": reference}))
+    run_well(make_job(place).model_copy(update={"output": reference}))
     with unchanged(place / "in"):
         steps = batch_steps(make_job(place))
         for _ in zip(range(ticks), steps, strict=False):
@@ -386,11 +384,10 @@ def test_large_images_give_the_same_results(place, monkeypatch):
     stack = np.stack([squares(i % 4 + 1) for i in range(7)])
     write_image(place / "in" / "stack.tif", stack, "TYX")
     job = make_job(place, probabilities=True)
-    run(job.model_copy(update={"output": place / "reference"}))
+    run_well(job.model_copy(update={"output": place / "reference"}))
     monkeypatch.setattr(batch_file, "LAZY_BYTES", 4_000)
     monkeypatch.setattr(batch_file, "LAZY_VALUES", 4_000)
-    report = run(job)
-    assert report.error is None
+    report = run_well(job)
     assert results(place / "out") == results(place / "reference")
     assert not parts(place)
 
@@ -404,12 +401,12 @@ def test_cancel_removes_the_temporary_files_of_large_images(place, small_limits,
         pass
     steps.close()
     assert not parts(place)
-    run(make_job(place, probabilities=True), resume=True)
+    run_well(make_job(place, probabilities=True), resume=True)
     assert label_count(place / "out" / "a2.tif") == 14
 
 
 def test_what_a_killed_run_has_left_is_swept(place):
-    run(make_job(place))
+    run_well(make_job(place))
     from napari_unet.files import atomic
 
     dead = subprocess.run(
@@ -422,5 +419,5 @@ def test_what_a_killed_run_has_left_is_swept(place):
     scratch = place / "out" / ".napari-unet" / f".scratch.{tail}"
     scratch.mkdir()
     (scratch / "labels").write_bytes(b"half")
-    run(make_job(place), resume=True)
+    run_well(make_job(place), resume=True)
     assert not parts(place)

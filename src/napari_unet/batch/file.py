@@ -25,8 +25,10 @@ from napari_unet.batch.volume import segment_into_steps
 from napari_unet.errors import BadModel, BadOutput, UnetError
 from napari_unet.files.atomic import atomic_path, bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
+from napari_unet.files.measurements import measure_steps
 from napari_unet.files.members import state_of
 from napari_unet.files.outputs import write_labels, write_probabilities
+from napari_unet.files.table import write_csv
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.steps import Progress
@@ -248,6 +250,8 @@ def finish(
     item, image = done.opened.item, done.opened.image
     axes = _label_axes(image)
     outputs = [*item.outputs]
+    if task.measure:
+        outputs.append(task.measurements(item.name))
     try:
         with writing(item.labels.parent):
             _write_results(done, axes, model, task, check)
@@ -297,9 +301,11 @@ def _write_results(
             axes="C" + axes,
             pixel_size=done.pixel_size,
             # A network with one output says nothing of the background.
-            class_names=names[-len(done.probabilities) :],
+            class_names=names[-done.probabilities.shape[0] :],
             overwrite=task.overwrite,
         )
+    if task.measure:
+        _measure(done, axes, model, task, check)
     if task.thumbnails:
         _write_thumbnail(done, axes, task)
     write_labels(
@@ -311,6 +317,32 @@ def _write_results(
         f"{passport.name} {passport.version}.",
         overwrite=task.overwrite,
     )
+
+
+def _measure(
+    done: Segmented, axes: str, model: Model, task: Task, check: Callable[[], None]
+) -> None:
+    image, name = done.opened.image, done.opened.item.name
+    kinds = [info.kind for info in model.passport.classes]
+    steps = measure_steps(
+        done.labels,
+        image.data,
+        label_axes=axes,
+        image_axes=image.axes,
+        pixel_size=done.pixel_size,
+        ndim=model.ndim,
+        regions=[index for index, kind in enumerate(kinds) if kind == "region"],
+    )
+    while True:
+        check()
+        try:
+            next(steps)
+        except StopIteration as stop:
+            table = stop.value
+            break
+    path = task.measurements(name)
+    with writing(path.parent):
+        write_csv(path, {"file": [name] * len(table["label"]), **table})
 
 
 def _write_thumbnail(done: Segmented, axes: str, task: Task) -> None:

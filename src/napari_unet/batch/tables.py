@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from napari_unet.batch.plan import SUMMARY
-from napari_unet.files.atomic import atomic_path
+from napari_unet.batch.plan import MEASUREMENTS, SUMMARY
+from napari_unet.files.table import join_csv, write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,16 +84,10 @@ def write_tables(task: Task, entries: Sequence[Entry], ndim: int) -> list[Row]:
         Row(entry, *_mean_sizes(entry, ndim), " and ".join(unusual.get(entry.name, ())))
         for entry in entries
     ]
-    columns = _summary(rows, ndim)
-    with (
-        atomic_path(task.output / SUMMARY) as part,
-        open(part, "w", newline="", encoding="utf-8") as file,
-    ):
-        import csv
-
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    if task.measure:
+        parts = [task.measurements(entry.name) for entry in done]
+        join_csv(task.output / MEASUREMENTS, parts)
+    write_csv(task.output / SUMMARY, _summary(rows, ndim))
     return rows
 
 
