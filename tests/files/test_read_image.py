@@ -300,7 +300,8 @@ def test_caller_says_what_is_lazy(tmp_path):
             *({"tile": (16, 32)}, {"tile": (32, 16), "compression": "zlib"}),
             *({"rowsperstrip": 7}, {"rowsperstrip": 7, "compression": "lzw"}),
             *({"tile": (16, 16), "compression": "jpeg"}, {"bigtiff": True}),
-            *({"imagej": True}, {"byteorder": ">"}),
+            *({"imagej": True}, {"byteorder": ">"}, {"ome": True}),
+            {"ome": True, "tile": (16, 16), "compression": "zlib"},
             {"tile": (16, 16), "predictor": True, "compression": "zstd"},
             {"rowsperstrip": 8, "compression": "jpeg"},
         ]

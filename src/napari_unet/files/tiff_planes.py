@@ -157,7 +157,7 @@ class PagePlanes:
             height = min(tile.shape[0], target.shape[0])
             width = min(tile.shape[1], target.shape[1])
             target[:height, :width] = tile[:height, :width]
-        return result.reshape(*shape, *self.page_shape[2:])
+        return result.reshape(*shape, *self.shape[self.stack_ndim + 2 :])
 
     def _read_page(self, tiff: tifffile.TiffFile, address: PageAddress) -> NDArray[Any]:
         page = self._page(tiff, address)
@@ -242,7 +242,7 @@ def _segment(
 ) -> tuple[int, int] | None:
     """Return the rows and columns of a strip or tile, if it can be read alone."""
     is_plain = (
-        tuple(keyframe.shape) == plane_shape
+        plane_shape in (tuple(keyframe.shape), (*keyframe.shape, 1))
         and keyframe.axes in ("YX", "YXS")
         # Decoders of JPEG give every pixel its colours back.
         and (not keyframe.is_subsampled or int(keyframe.compression) in JPEG)
@@ -256,9 +256,11 @@ def _segment(
 
 def _stack_ndim(path: Path, shape: tuple[int, ...], keyframe: tifffile.TiffPage) -> int:
     """Return how many leading axes enumerate pages."""
-    leading = len(shape) - len(keyframe.shape)
-    if leading >= 0 and shape[leading:] == tuple(keyframe.shape):
-        return leading
+    # OME's images have an axis for one sample behind X.
+    for plane_shape in (tuple(keyframe.shape), (*keyframe.shape, 1)):
+        leading = len(shape) - len(plane_shape)
+        if leading >= 0 and shape[leading:] == plane_shape:
+            return leading
     for ndim in range(len(shape) + 1):
         if math.prod(shape[ndim:]) == keyframe.size:
             return ndim
