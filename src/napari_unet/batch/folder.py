@@ -148,8 +148,7 @@ def batch_steps(
     may_replace = overwrite or (resume and journal_path.is_file())
     check_batch(job, items, overwrite=may_replace)
     with _locked(job.output):
-        for folder in {item.labels.parent for item in items} | {job.output / INTERNAL}:
-            sweep(folder)
+        _sweep(job.output, items)
         model = load_model(job.model)
         told, job = job, complete_job(job, model)
         journal = Journal(journal_path, job.fingerprint)
@@ -177,6 +176,14 @@ def _locked(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _sweep(output: Path, items: Sequence[Item]) -> None:
+    """Remove what killed runs have left."""
+    internal = output / INTERNAL
+    folders = {output, internal, *(item.labels.parent for item in items)}
+    for folder in folders.union(internal.iterdir()):
+        sweep(folder)
 
 
 def complete_job(job: BatchJob, model: Model) -> BatchJob:
