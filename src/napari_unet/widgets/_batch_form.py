@@ -110,11 +110,11 @@ class BatchForm(QWidget):
         self.objects.count.hide()
         column.addWidget(self.objects)
         column.addWidget(self._fold())
-        self._built = True
         session.events.model.connect(self._on_model)
         session.events.objects.connect(self._on_objects)
         if session.model is not None:
-            self._on_model(session.model)
+            self._show_objects(session.model)
+        self._built = True
 
     # --- building -------------------------------------------------------------------
 
