@@ -141,6 +141,7 @@ def batch_steps(
         Before anything is done if the job cannot be; `BadOutput` also when the disk
         is full. What is finished then is kept.
     """
+    from napari_unet.inference.backends import choose_device
     from napari_unet.models.library import load_model
 
     items = plan_batch(job)
@@ -150,12 +151,14 @@ def batch_steps(
     with _locked(job.output):
         _sweep(job.output, items)
         model = load_model(job.model)
+        device = choose_device(job.settings.device)
         told, job = job, complete_job(job, model)
         journal = Journal(journal_path, job.fingerprint)
-        run = _Run(job, model, items, journal, resume=resume)
+        run = _Run(job, model, items, journal, device.name, resume=resume)
+        notes = [device.note, _changed_versions(told, job)]
         with journal:
             job.save(job.output / JOB)
-            return (yield from run.steps(_changed_versions(told, job)))
+            return (yield from run.steps(notes))
 
 
 @contextmanager
@@ -224,6 +227,7 @@ class _Run:
         model: Model,
         items: Sequence[Item],
         journal: Journal,
+        device: str,
         *,
         resume: bool,
     ):
@@ -232,7 +236,7 @@ class _Run:
         self._task = Task(
             output=job.output,
             internal=job.output / INTERNAL,
-            options=job.settings.options(model.ndim),
+            options={**job.settings.options(model.ndim), "device": device},
             axes=job.axes,
             pixel_size=job.pixel_size,
             measure=job.measure,
@@ -260,18 +264,18 @@ class _Run:
         self._parts: dict[str, float] = {}  # of the files in work
         self._told = {""}
 
-    def steps(self, note: str) -> Generator[BatchProgress, None, BatchReport]:
-        """Do what is not done yet; begin with something to tell."""
+    def steps(self, notes: list[str]) -> Generator[BatchProgress, None, BatchReport]:
+        """Do what is not done yet; begin with what there is to tell."""
         for item in self._items:
             is_skipped = item.name in self._skipped
             yield self._progress(item, "skipped" if is_skipped else "waiting")
         if self._outdated:
-            note += (
-                f" {self._outdated} files were done with another model, other settings "
+            notes.append(
+                f"{self._outdated} files were done with another model, other settings "
                 "or versions, and are done again."
             )
-        if note:
-            yield self._progress(self._items[0], "waiting", note=note.strip())
+        for note in filter(None, notes):
+            yield self._progress(self._items[0], "waiting", note=note)
         self._journal.forget(item.name for item in self._todo)
         files = overlapped_steps(self._todo, self._model, self._task, self._record)
         try:
