@@ -127,8 +127,8 @@ def far_from(threshold: float, probabilities: np.ndarray) -> float:
         ("YX", (70, 90), (32, 40)),
         ("TYX", (3, 70, 50), (32, 32)),
         ("XTY", (50, 2, 70), (32, 32)),
-        ("ZYX", (20, 34, 40), (8, 16, 24)),
-        ("XYTZ", (20, 18, 2, 14), (8, 16, 16)),
+        ("ZYX", (12, 24, 30), (8, 16, 16)),
+        ("XYTZ", (18, 16, 2, 12), (8, 16, 16)),
     ],
 )
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from napari_unet import predict, segment
 from napari_unet.errors import BadInput, OutOfMemory
 from napari_unet.inference import backends, engine
 from napari_unet.inference.backends import Backend, Device, choose_device
+from napari_unet.inference.engine import Predictor
 from napari_unet.inference.predict import predict_steps
 from napari_unet.inference.segment import segment_steps
 from napari_unet.models.model import Model
@@ -147,6 +148,28 @@ def test_a_tile_that_ends_just_after_the_heartbeat(monkeypatch, image, model):
         ticks, result = collect(predict_steps(image, model, tile_shape=(8, 8)))
         check_ticks(ticks)
         np.testing.assert_allclose(result, wanted, atol=1e-4)
+
+
+def test_parts_make_up_the_whole(model):
+    """They share the statistics of the image, and what was said."""
+    image = random_image((1, 60, 70))[0].astype(np.float32)
+    image[:30] += 1e4
+    image[2, 2] = image[50, 50] = np.nan
+    whole = predict(image, model)
+    predictor = Predictor(image, model)
+    try:
+        for rows in (slice(0, 24), slice(24, 60)):
+            part = predictor.within({"Y": rows})
+            assert part.output_shape == (2, rows.stop - rows.start, 70)
+            ticks, result = collect(part.unit_steps(0))
+            check_ticks(ticks)
+            np.testing.assert_allclose(result, whole[:, rows], rtol=0, atol=1e-4)
+            assert not [tick.note for tick in ticks if tick.note]
+        assert predictor.last_notes() == [
+            "2 pixels are NaN or infinite; they are background."
+        ]
+    finally:
+        predictor.close()
 
 
 def test_nothing_runs_before_the_first_step(image):

@@ -202,6 +202,26 @@ def test_growing_never_merges_or_loses_objects(seed, grow, ndim):
     np.testing.assert_array_equal(grown > 0, near)
 
 
+@given(
+    seed=st.integers(0, 999),
+    grow=st.integers(0, 2),
+    split=st.booleans(),
+    certain=st.booleans(),
+)
+@settings(max_examples=60 * EXAMPLES, deadline=None)
+def test_numbers_follow_the_first_pixels(seed, grow, split, certain):
+    probability = 0.01 + smooth_noise((40, 44), seed)
+    threshold = float(np.quantile(probability, 0.7))
+    if certain:
+        probability[np.random.default_rng(seed).random((40, 44)) < 0.05] = 0
+    wanted = ObjectSettings(threshold, 3, split, grow)
+    labels = label_objects(probability, wanted)
+    above = labels[probability > threshold]
+    _, first = np.unique(above[above > 0], return_index=True)
+    assert len(first) == labels.max()
+    assert (np.diff(first) > 0).all()
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_certain_background_is_never_in_an_object(split):
     """As of NaN: also in the middle of an object, and when objects grow."""

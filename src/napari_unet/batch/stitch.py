@@ -98,7 +98,7 @@ class Stitcher:
         owner, strength = assign_classes(probabilities, self._passport)
         is_region = np.isin(owner, self._regions)
         above = (strength > self._settings.threshold) & (owner > 0) & ~is_region
-        self._codes[box] = (2 * owner + above).astype(self._codes.dtype)
+        self._codes[box] = 2 * owner.astype(self._codes.dtype) + above
         self._labels[box] = np.where(is_region, owner, 0).astype(self._labels.dtype)
         for index in self._regions:
             self._pixels[index] += np.count_nonzero(owner == index)

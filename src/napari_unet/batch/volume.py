@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-BLOCK_PIXELS = 1 << 26  # of a plane or volume; larger ones go block by block
+BLOCK_PIXELS = 1 << 25  # of a plane or volume; larger ones go block by block
 # Fixed, so that no result depends on the memory that happens to be free.
-BLOCK_SHAPES = {2: (4096, 4096), 3: (256, 256, 256)}
+BLOCK_SHAPES = {2: (4096, 4096), 3: (128, 512, 512)}
 CHUNK_SIDES = {2: 512, 3: 128}  # of temporary files
 
 
@@ -89,6 +89,8 @@ def segment_into_steps(
         If there are more objects than ``labels`` can number.
     BadInput, OutOfMemory
         See `predict`.
+    OSError
+        If ``labels``, ``probabilities`` or temporary files cannot be written.
     """
     sides = [
         part.stop - part.start
