@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 import shutil
 import weakref
 from contextlib import suppress
@@ -148,6 +150,7 @@ class Autosave:
         self.project: Path | None = None  # of the user
         self.saved: datetime | None = None
         self._members: list[weakref.ref[Image]] = []  # of the project
+        self._project_lock: BaseFileLock | None = None
         self._read = read
         self._changes = self._on_disk = 0
         self._kept: tuple[Path | None, Contents, int] | None = None
@@ -178,24 +181,47 @@ class Autosave:
         """
         missing = sum(member() not in images for member in self._members)
         if missing == len(self._members):
-            self.project, self._members = None, []
+            self.close_project()
             return 0
         return missing
 
-    def opened(self, folder: Path | None, images: list[Image]) -> None:
-        """The annotations of these images come from a project of the user.
+    def opened(self, folder: Path, images: list[Image]) -> bool:
+        """All annotations come from a project of the user: save there from now on.
 
         Parameters
         ----------
-        folder : Path or None
-            Where saves go from now on; None if there are others beside them.
+        folder : Path
+            The project.
         images : list of Image
-            Of the project.
+            Its layers.
+
+        Returns
+        -------
+        bool
+            False if the project is open in another window, which saves there.
         """
-        self.project, self._members = folder, []
-        if folder is not None:
-            self._members = [weakref.ref(image) for image in images]
-            self._on_disk = self._changes
+        if not self._join(folder, images):
+            return False
+        self._on_disk = self._changes
+        return True
+
+    def close_project(self) -> None:
+        """Save in the folder of this session from now on."""
+        self.project, self._members = None, []
+        if self._project_lock is not None:
+            self._project_lock.release()
+            self._project_lock = None
+
+    def _join(self, folder: Path, images: list[Image]) -> bool:
+        if folder != self.project:
+            key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+            lock = hold(self.home.with_name("open") / key)
+            if lock is None:
+                return False
+            self.close_project()
+            self.project, self._project_lock = folder, lock
+        self._members = [weakref.ref(image) for image in images]
+        return True
 
     def restored(self) -> None:
         """What another session left is in the viewer, and not yet saved."""
@@ -243,6 +269,7 @@ class Autosave:
         for slot in self._restored:
             if not is_project(slot.folder):
                 slot.empty()
+        self.close_project()
         for held in (*self._restored, self.left, self._slot):
             if held is not None:
                 held.lock.release()
@@ -279,8 +306,7 @@ class Autosave:
             for slot in self._restored:
                 (slot.folder / PROJECT_FILE).unlink(missing_ok=True)
             if project is not None:
-                self.project = project
-                self._members = [weakref.ref(image) for image in contents.images]
+                self._join(project, contents.images)
                 self._leave_slot()
         return folder
 

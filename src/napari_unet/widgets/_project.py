@@ -245,10 +245,12 @@ class ProjectPanel(QWidget):
     def _opened(self, folder: Path, project: Project) -> None:
         alone = not self._pairs.all()
         images = self._on_open(project)
-        self._autosave.opened(folder if alone else None, images)
         words = f"{folder.name} is open."
         if not alone:
+            self._autosave.close_project()
             words += " There are other annotations, too: save all as a new project."
+        elif not self._autosave.opened(folder, images):
+            words += " Another window saves there: save this as a new project."
         self._on_words(words)
 
     def _last_folder(self) -> Path:

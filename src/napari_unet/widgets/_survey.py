@@ -122,10 +122,10 @@ def _find_doubt(annotations: Sequence[Annotation], ndim: int) -> str:
     if empty <= _MANY * planes:
         return ""
     what = "planes" if ndim == 2 else "volumes"
-    return (
-        f"{empty} of {planes} {what} are empty: they count as background. Draw "
-        "regions, or choose unknown."
-    )
+    found = f"{empty} of {planes} {what} are empty: they count as background."
+    if planes == 1:
+        found = "One image is empty: it counts as background."
+    return f"{found} Draw regions, or choose unknown."
 
 
 def _count(annotation: Annotation) -> int | None:
@@ -136,8 +136,11 @@ def _count(annotation: Annotation) -> int | None:
     labels = np.asarray(annotation.labels)
     if known.shape != labels.shape:
         return None
-    values = np.unique(labels[known])
-    return int(np.count_nonzero(values > (1 if annotation.are_scribbles else 0)))
+    values = labels[known]
+    # Neighbours in a row are mostly equal: much less is left to be sorted.
+    starts = values[np.append(True, values[1:] != values[:-1])[: len(values)]]
+    background = 1 if annotation.are_scribbles else 0
+    return int(np.count_nonzero(np.unique(starts) > background))
 
 
 def describe(pair: Pair, count: int | None, meaning: Meaning) -> str:

@@ -103,7 +103,7 @@ class FineTuneWidget(Dock):
             self._say,
         )
         self.column.addWidget(self._project)
-        self._problems = text_label(lines=2)
+        self._problems = text_label(lines=3)
         self.column.addWidget(self._problems)
         self._learning = Learning(
             self._viewer,
