@@ -346,6 +346,30 @@ def test_remembered(on, tmp_path, new_viewer, qtbot):
     assert form.objects.values()["threshold"] == 0.7
 
 
+def test_the_model_of_the_other_docks_wins_over_a_remembered_one(on, tmp_path):
+    on.choose(write_images(tmp_path / "in", 1))
+    on.run()
+    keep_model("dim", threshold=0.2)
+    later = BatchDesk(on.viewer, on.qtbot, Session(load_model("dim"), "dim"))
+    later.wait_for_words("another way")
+    assert later.session.source == "dim"
+
+
+def test_notes_are_told_once_and_kept_with_their_files(on, tmp_path):
+    images = write_images(tmp_path / "in", 1)
+    for name in "ab":
+        pages, path = np.zeros((3, 32, 32), np.uint8), images / f"{name}.tif"
+        tifffile.imwrite(path, pages, metadata=None, photometric="minisblack")
+    on.choose(images)
+    on.run()
+    noted = [row for row in on.rows if row.note]
+    assert [row.name for row in noted] == ["a.tif", "b.tif"]
+    assert noted[0].text(3) == "done, note"
+    assert "does not name all its axes" in noted[0].tip
+    told = [note for note in notification_manager.records if "axes" in note.message]
+    assert len(told) == 1
+
+
 def test_a_model_without_a_file(new_viewer, qtbot, tmp_path):
     on = BatchDesk(new_viewer(), qtbot, Session(intensity_model()))
     on.choose(write_images(tmp_path / "in", 1))

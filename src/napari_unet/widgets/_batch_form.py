@@ -342,8 +342,18 @@ class BatchForm(QWidget):
 
     def show_job(self, job: BatchJob) -> None:
         """Show a job in the fields, and load its model."""
-        self._built = False
         self._told = job
+        self.show_fields(job)
+        is_loaded = self.chooser.loaded == job.model
+        self._awaited = "" if is_loaded else job.model
+        self.chooser.choose(job.model, 2)
+        if is_loaded and self._session.model is not None:
+            self._show_objects(self._session.model)
+        self._on_change()
+
+    def show_fields(self, job: BatchJob) -> None:
+        """Show a job in the fields, but for its model and its objects."""
+        self._built = False
         self.input.text.setText(str(job.input))
         self.output.text.setText(str(job.output))
         self.output.text.setModified(True)
@@ -362,12 +372,6 @@ class BatchForm(QWidget):
         self._augment.value = settings.test_time_augmentation
         self._float32.value = settings.precision == "float32"
         self._built = True
-        is_loaded = self.chooser.loaded == job.model
-        self._awaited = "" if is_loaded else job.model
-        self.chooser.choose(job.model, 2)
-        if is_loaded and self._session.model is not None:
-            self._show_objects(self._session.model)
-        self._on_change()
 
 
 def _meant(

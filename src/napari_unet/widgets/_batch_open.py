@@ -115,7 +115,7 @@ class ResultOpener(QObject):
         shown = _Shown([weakref.ref(layer) for layer in images], None, state)
         if labels is not None:
             old = there[-1] if there and isinstance(there[-1], Labels) else None
-            data = np.asarray(labels.data)
+            data: Any = labels.data  # lazy if it is huge
             name = f"{images[0].name} objects"
             layer = _layers.show_labels(self._viewer, old, data, name, space, {})
             _layers.note_segmentation(layer, images[0])

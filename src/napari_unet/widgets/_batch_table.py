@@ -62,8 +62,10 @@ class Row:
             return self.name
         if column == STATUS:
             if entry is not None and entry.reason:
-                return f"failed: {entry.reason}"
-            return _WORDS.get(self.status, self.status)
+                own = self.name.rpartition("/")[2]  # is said in this row already
+                return f"failed: {entry.reason.removeprefix(own).lstrip()}"
+            words = _WORDS.get(self.status, self.status)
+            return f"{words}, note" if self.note and words == "done" else words
         if entry is None or entry.status != "done":
             return ""
         if column == TIME:

@@ -61,6 +61,7 @@ class BatchWidget(Dock):
         self._problem = ""  # why there is none
         self._job: BatchJob | None = None  # whose files are in the table
         self._items: dict[str, Item] = {}  # those files
+        self._notes: dict[str, str] = {}  # of the last run, by the file
         self._changes = self._looked = 0  # counts, to leave out what is outdated
         self._outcome = ""  # of the last run, until something changes
         self._is_stopped = False  # whether that was before its end
@@ -95,6 +96,8 @@ class BatchWidget(Dock):
         self._replace.toggled.connect(lambda _: self._refresh())
         self.column.addWidget(self._replace)
         self._row = JobRow(RUN, self._run, self._cancel)
+        line = self._row.status.fontMetrics().lineSpacing()
+        self._row.status.setMinimumHeight(3 * line + 2)  # so that the table stays
         self.column.addWidget(self._row)
         self._table = FileTable(self._open)
         self.column.addWidget(self._table, stretch=1)
@@ -136,13 +139,16 @@ class BatchWidget(Dock):
         self._job = survey.job
         self._items = {file.item.name: file.item for file in survey.files}
         self._table.show_rows(
-            Row(file.item.name, file.status, file.entry) for file in survey.files
+            Row(name, file.status, file.entry, self._notes.get(name, ""))
+            for name, file in zip(self._items, survey.files, strict=True)
         )
         self._refresh()
 
     def _on_problem(self, message: str) -> None:
         if self._looked == self._changes:
             self._problem = f"⚠ {message}"
+            self._items = {}
+            self._table.show_rows([])
             self._refresh()
 
     def _refresh(self) -> None:
@@ -222,7 +228,7 @@ class BatchWidget(Dock):
             return
         self._remember(survey.job)
         self._job = survey.job
-        self._outcome, self._is_stopped = "", True
+        self._outcome, self._is_stopped, self._notes = "", True, {}
         self._set_running(True)
         self._worker = start_worker(
             run_batch_steps(
@@ -254,8 +260,9 @@ class BatchWidget(Dock):
 
     @while_alive
     def _on_step(self, step: BatchStep) -> None:
-        if step.note:
+        if step.note and not self._notes:  # more are in the tips of their rows
             show_info(step.note)
+        self._notes |= {row.name: row.note for row in step.changed.values() if row.note}
         if step.is_plan:
             self._table.show_rows(step.changed.values())
         else:
@@ -358,7 +365,11 @@ class BatchWidget(Dock):
             job = BatchJob.of(remembered["job"])
         except (UnetError, KeyError):
             return  # the first start, or of another version
-        self._form.show_job(job)
+        model = self._session.source or job.model
+        if model == job.model and model not in self._session.objects:
+            self._form.show_job(job)
+        else:  # what the other docks work with wins
+            self._form.show_fields(job)
 
 
 def _row(*buttons: QPushButton) -> QHBoxLayout:
