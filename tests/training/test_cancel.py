@@ -10,7 +10,9 @@ import pytest
 from napari_unet import Annotation, Model, TrainingSettings, UNet, save_model
 from napari_unet.files.atomic import sweep
 from napari_unet.steps import ChildError, in_child
-from napari_unet.training.fine_tune import fine_tune_file_steps
+from napari_unet.training.fine_tune import fine_tune_project_steps
+from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, save_project
+from napari_unet.training.project_file import PROJECT_FILE
 from napari_unet.training.snapshot import read_snapshot
 
 # Each step takes seconds.
@@ -33,12 +35,14 @@ def squares():
 
 
 def start(folder, settings, **options):
-    base = save_model(Model(UNet(1, 2, **options)), folder / "base.safetensors")
-    output = folder / "mine.safetensors"
-    snapshot = folder / "training.snapshot"
-    return in_child(
-        fine_tune_file_steps, base, [squares()], output, settings, snapshot=snapshot
-    )
+    project = save_project(folder / "project", [squares()], settings)
+    save_model(Model(UNet(1, 2, **options)), project / BASE_FILE)
+    return in_child(fine_tune_project_steps, project, folder / "mine.safetensors")
+
+
+def files_of(folder):
+    """All but the image and the labels."""
+    return [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tif"]
 
 
 def is_over(pid):
@@ -87,8 +91,8 @@ def test_the_child_is_gone_within_a_second(tmp_path, when):
     assert len(caught) == inside
     steps.close()
     assert not psutil.pid_exists(pid)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"base.safetensors", "training.snapshot"}
+    left = {path.name for path in files_of(tmp_path)}
+    assert left <= {BASE_FILE, SNAPSHOT_FILE, PROJECT_FILE}
 
 
 def test_whenever_it_is_cancelled_its_files_are_complete(tmp_path):
@@ -100,7 +104,8 @@ def test_whenever_it_is_cancelled_its_files_are_complete(tmp_path):
             if started and time.perf_counter() - started > delay:
                 break
         steps.close()
-        sweep(tmp_path)
-        names = sorted(path.name for path in tmp_path.iterdir())
-        assert names == ["base.safetensors", "training.snapshot"]
-        assert read_snapshot(tmp_path / "training.snapshot").snapshot.step >= 1
+        project = tmp_path / "project"
+        sweep(project)
+        names = {path.name for path in files_of(tmp_path)}
+        assert names == {BASE_FILE, SNAPSHOT_FILE, PROJECT_FILE}
+        assert read_snapshot(project / SNAPSHOT_FILE).snapshot.step >= 1

@@ -18,14 +18,14 @@ from napari_unet import Annotation, Model, TrainingSettings, UNet, fine_tune
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.checkpoint import model_sha256
 from napari_unet.models.model import BorderWeights
-from napari_unet.steps import run_to_end
 from napari_unet.training.augment import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.fine_tune import (
     TrainingStep,
     View,
-    fine_tune_file_steps,
+    fine_tune_project_steps,
     fine_tune_steps,
 )
+from napari_unet.training.project import BASE_FILE, save_project
 from napari_unet.training.snapshot import read_snapshot
 
 MILD = AugmentationSettings(
@@ -491,18 +491,6 @@ def test_what_cannot_be_learnt_from_is_refused_at_once():
         fine_tune(tiny(), [Annotation(image, labels)], wrong)
 
 
-def test_from_file_to_file(tmp_path):
-    from napari_unet import load_model, save_model
-
-    base = save_model(tiny(), tmp_path / "base.safetensors")
-    steps = fine_tune_file_steps(
-        base, [Annotation(*discs(0))], tmp_path / "mine", QUICK, name="mine"
-    )
-    path = run_to_end(steps)
-    assert path == tmp_path / "mine.safetensors"
-    assert load_model(path).passport.name == "mine"
-
-
 def test_settings_survive_json():
     settings = QUICK.model_copy(update={"border_weights": None})
     text = settings.model_dump_json()
@@ -515,13 +503,12 @@ def test_in_a_process_of_its_own(tmp_path):
     from napari_unet import load_model, save_model
     from napari_unet.steps import in_child
 
-    base = save_model(tiny(), tmp_path / "base.safetensors")
     output = tmp_path / "mine.safetensors"
     annotation = Annotation(*discs(0), regions=[np.array([[0, 0], [0, 63], [63, 63]])])
+    project = save_project(tmp_path / "project", [annotation], QUICK)
+    base = save_model(tiny(), project / BASE_FILE)
     view = View(0, {"Y": slice(0, 8)})
-    steps, path = collect(
-        in_child(fine_tune_file_steps, base, [annotation], output, QUICK, view=view)
-    )
+    steps, path = collect(in_child(fine_tune_project_steps, project, output, view=view))
     assert path == output
     assert [s.done for s in steps if s.loss is not None] == list(range(1, 9))
     assert any(step.preview is not None for step in steps)

@@ -39,7 +39,6 @@ __all__ = [
     "TrainingStep",
     "View",
     "fine_tune",
-    "fine_tune_file_steps",
     "fine_tune_project_steps",
     "fine_tune_steps",
 ]
@@ -210,47 +209,6 @@ def fine_tune(
             model, annotations, settings, name=name, snapshot=snapshot, resume=resume
         )
     )
-
-
-def fine_tune_file_steps(
-    model: str | Path,
-    annotations: Sequence[Annotation],
-    output: str | Path,
-    settings: TrainingSettings | None = None,
-    *,
-    name: str = "",
-    snapshot: str | Path | None = None,
-    resume: bool = False,
-    view: View | None = None,
-) -> Generator[TrainingStep, View | None, Path]:
-    """Do the same from file to file, for a process of its own; see `fine_tune`.
-
-    Parameters
-    ----------
-    model : str or path
-        Name in the library, or path of a checkpoint.
-    annotations, settings, name, snapshot, resume
-        See `fine_tune`.
-    output : path
-        Written at the end, atomically.
-    view : View, optional
-        Of which previews are made.
-
-    Returns
-    -------
-    Path
-        Where the new model is.
-    """
-    better = yield from fine_tune_steps(
-        load_model(model),
-        annotations,
-        settings,
-        name=name,
-        snapshot=snapshot,
-        resume=resume,
-        view=view,
-    )
-    return save_model(better, output)
 
 
 def fine_tune_project_steps(
