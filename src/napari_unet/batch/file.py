@@ -23,7 +23,7 @@ from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.thumbnail import make_thumbnail
 from napari_unet.batch.volume import segment_into_steps
 from napari_unet.errors import BadModel, BadOutput, UnetError
-from napari_unet.files.atomic import atomic_path, bad_output, make_scratch
+from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
 from napari_unet.files.measurements import measure_steps
 from napari_unet.files.members import state_of
@@ -351,8 +351,9 @@ def _write_thumbnail(done: Segmented, axes: str, task: Task) -> None:
         done.opened.image, done.labels, axes, channels[0] if channels else 0
     )
     path = task.thumbnail(done.opened.item.name)
-    with writing(path.parent), atomic_path(path) as part:
-        part.write_bytes(picture)
+    with writing(path.parent):
+        # Nothing depends on it: it need not be on the disk before the labels are.
+        path.write_bytes(picture)
 
 
 class _Checked:

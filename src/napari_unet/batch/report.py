@@ -79,10 +79,10 @@ def write_report(
         _head(job, rows, files),
         _failures(rows),
         _pictures(rows, task),
-        _all_files(rows),
+        _all_files(rows, model.ndim),
         "<h2>For the methods section</h2>",
         f"<p>{escape(describe_methods(job, model))}</p>",
-        _facts("Settings", _settings(job)),
+        _facts("Settings", _settings(job, model)),
         _facts("Versions", job.versions.items()),
     ]
     html = (
@@ -167,15 +167,16 @@ def _figure(row: Row, task: Task) -> str:
     )
 
 
-def _all_files(rows: Sequence[Row]) -> str:
+def _all_files(rows: Sequence[Row], ndim: int) -> str:
+    pixels, micrometres = ("px", "µm²") if ndim == 2 else ("voxels", "µm³")
     lines = []
     for row in rows:
         entry = row.entry
         if entry.status == "failed":
             continue
-        size = "" if row.mean_size is None else f"{row.mean_size:.4g}"
+        size = "" if row.mean_size is None else f"{row.mean_size:.4g} {pixels}"
         if row.mean_micrometres is not None:
-            size += f" ({row.mean_micrometres:.4g} µm)"
+            size = f"{row.mean_micrometres:.4g} {micrometres}"
         count = "" if entry.objects is None else f"{entry.objects:,}"
         lines.append(
             f'<tr><td>{_text(entry.name)}</td><td class="n">{count}</td>'
@@ -202,22 +203,21 @@ def _facts(title: str, facts: Iterable[tuple[str, object]]) -> str:
     return f"<h2>{title}</h2><table>{lines}</table>"
 
 
-def _settings(job: BatchJob) -> list[tuple[str, object]]:
+def _settings(job: BatchJob, model: Model) -> list[tuple[str, object]]:
     told = job.model_dump(mode="json", exclude={"settings", "versions"})
-    told |= {name: str(path) for name, path in told.items() if name in FOLDERS}
     told |= job.settings.model_dump(mode="json")
-    default = "recommended by the model"
-    recommended = ("threshold", "minimal_size", "split_touching")
+    for name in ("threshold", "minimal_size", "split_touching"):
+        if told[name] is None:
+            told[name] = f"{_plain(getattr(model.passport, name))}, as recommended"
     return [
-        (name.replace("_", " "), default if name in recommended else value)
-        if value is None
-        else (name.replace("_", " "), value)
+        (name.replace("_", " "), _plain(value))
         for name, value in told.items()
-        if value is not None or name in recommended
+        if value is not None
     ]
 
 
-FOLDERS = ("input", "output")
+def _plain(value: object) -> object:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
 def describe_methods(job: BatchJob, model: Model) -> str:
@@ -259,10 +259,16 @@ def describe_methods(job: BatchJob, model: Model) -> str:
             f"Images of another pixel size than the model's ({sizes} µm) were rescaled "
             "for the network."
         )
-    sentences.append(f"It ran on {programs}.")
+    sentences.append(f"Programs: {programs}. {_REFERENCE}")
     if passport.citation:
         sentences.append(f"Model: {passport.citation}")
     return " ".join(sentences)
+
+
+_REFERENCE = (
+    "Ronneberger, O., Fischer, P. & Brox, T. U-Net: convolutional networks for "
+    "biomedical image segmentation. MICCAI 2015, LNCS 9351, 234-241."
+)
 
 
 def _or(told: float | None, recommended: float) -> float:
