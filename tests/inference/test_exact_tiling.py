@@ -93,6 +93,19 @@ def test_images_far_smaller_than_the_halo(side, padding):
         check(model, random_image((1, *shape)), (8, 8))
 
 
+def test_unpooling_where_every_maximum_is_a_tie():
+    """An image of one column is constant across, but for rounding."""
+    model = trained_model(
+        in_channels=2,
+        num_classes=1,
+        convs_per_level=1,
+        upsampling="unpool",
+        norm=None,
+        skip_connections=False,
+    )
+    check(model, random_image((2, 5, 1)), (1, 1), turns=True)
+
+
 def test_tiles_of_one_pixel_are_one_alignment():
     check(trained_model(depth=2), random_image((1, 21, 13)), (1, 1))
 

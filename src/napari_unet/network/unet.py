@@ -365,7 +365,9 @@ def _ranked(x: Tensor) -> Tensor:
         shape = [1] * x.ndim
         shape[axis] = -1
         odd = torch.arange(x.shape[axis], device=x.device) % 2
-        x = x * (1 - 1e-5 * (1 << (x.ndim - 1 - axis)) * odd.to(x.dtype)).view(shape)
+        less = 1e-5 * (1 << (x.ndim - 1 - axis)) * odd.to(x.dtype).view(shape)
+        # By more than rounding, also where what is not negative is almost zero.
+        x = x - less * (x.abs() + 1)
     return x
 
 
