@@ -10,7 +10,7 @@ from whole_image import trained_model
 from napari_unet.inference import store as store_module
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.inference.segment import segment
-from napari_unet.inference.store import segment_into_steps
+from napari_unet.inference.store import segment_stored_steps
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def stack() -> np.ndarray:
 
 
 def run(image, model, store=None, **options):
-    steps = segment_into_steps(store, image, model, SETTINGS, **options)
+    steps = segment_stored_steps(store, image, model, SETTINGS, **options)
     return run_to_end(steps)
 
 
@@ -82,7 +82,7 @@ def test_table_describes_the_labels(model, stack):
 def test_cancelled_run_keeps_what_was_there(model, stack):
     store, _, _ = run(stack, model, region={"Z": slice(0, 1)})
     before = store.data.copy()
-    steps = segment_into_steps(store, stack, model, SETTINGS)
+    steps = segment_stored_steps(store, stack, model, SETTINGS)
     next(steps)
     steps.close()
     np.testing.assert_array_equal(store.data, before)

@@ -140,7 +140,7 @@ class ProbabilityStore:
         return self, labels, table
 
 
-def segment_into_steps(
+def segment_stored_steps(
     store: ProbabilityStore | None,
     image: Any,
     model: Model,

@@ -115,8 +115,8 @@ def untrained_model(
     Returns
     -------
     Model
-        Of 32 channels at first; for volumes with 3 poolings instead of 4. Colours
-        keep their proportions.
+        Of 32 channels at first and 4 poolings; for volumes 16 and 3. Colours keep
+        their proportions.
     """
     check_annotations(annotations)
     truths = (truth for one in annotations for _, truth in derive_truths(one, ndim))
@@ -124,7 +124,8 @@ def untrained_model(
     channels = count_channels(annotations, expected=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = UNet(channels, outputs, base_channels=32, ndim=ndim, depth=6 - ndim)
+        width, depth = (32, 4) if ndim == 2 else (16, 3)
+        network = UNet(channels, outputs, base_channels=width, depth=depth, ndim=ndim)
     are_colours = all("S" in annotation.image_axes for annotation in annotations)
     passport = default_passport(network).model_copy(
         update={"normalization": Normalization(joint_channels=are_colours)}

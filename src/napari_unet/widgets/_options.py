@@ -13,11 +13,11 @@ from napari_unet.inference.backends import DEVICES
 from napari_unet.models.model import BorderWeights
 from napari_unet.training.augment import AugmentationSettings
 from napari_unet.training.settings import TrainingSettings
+from napari_unet.training.weight_map import W0_SIGMA
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PRESETS = {"paper": (10.0, 5.0), "falk": (50.0, 6.0)}  # w0, sigma
 _GRAY = {"gain": 1.0, "offset": 0.0, "gamma": 1.0, "noise": 0.0, "blur": 0.0}
 
 
@@ -268,8 +268,8 @@ class TrainingOptions(QWidget):
                 continue  # of another version, or edited by hand
 
     def _on_preset(self, preset: str) -> None:
-        if preset in _PRESETS:
-            self.w0.value, self.sigma.value = _PRESETS[preset]
+        if preset in W0_SIGMA:
+            self.w0.value, self.sigma.value = W0_SIGMA[preset]
         self._enable()
 
     def _enable(self) -> None:

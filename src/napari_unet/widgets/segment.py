@@ -15,7 +15,7 @@ from superqt import QCollapsible
 from napari_unet.errors import UnetError
 from napari_unet.inference.backends import DEVICES
 from napari_unet.inference.instances import ObjectSettings, ObjectTable
-from napari_unet.inference.store import ProbabilityStore, segment_into_steps
+from napari_unet.inference.store import ProbabilityStore, segment_stored_steps
 from napari_unet.widgets import _layers, _session
 from napari_unet.widgets._dock import Dock, JobRow, text_label, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
@@ -247,7 +247,7 @@ class SegmentWidget(Dock):
         return replace(recommended, **self._objects.values())
 
     def _input_state(self, layer: Image, model: Model) -> dict[str, Any]:
-        """Read the widgets into the keywords of `segment_into_steps`."""
+        """Read the widgets into the keywords of `segment_stored_steps`."""
         image, axes, channels = self._image.engine_input()
         tile = self._tile.value
         return {
@@ -300,7 +300,7 @@ class SegmentWidget(Dock):
         self._relabel_timer.stop()
         image = state.pop("image")
         settings = self._object_settings(model)
-        steps = segment_into_steps(store, image, model, settings, **state)
+        steps = segment_stored_steps(store, image, model, settings, **state)
         self._start(steps, "Segmenting")
 
     def _last_labels(self, layer: Image) -> Labels | None:
