@@ -15,6 +15,7 @@ import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
 from napari_unet.batch import file as batch_file
+from napari_unet.batch import results
 from napari_unet.errors import BadOutput
 
 
@@ -286,7 +287,7 @@ def test_ctrl_c_while_writing_leaves_no_file(fails, monkeypatch, existing):
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
     for name in "abc":
         write_image(f"in/{name}.tif", squares(2))
-    original = batch_file.write_labels
+    original = results.write_labels
     calls = []
 
     def full(path, *arguments, **options):
@@ -295,7 +296,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
             raise BadOutput(f"Cannot write {path}: the disk is full.")
         return original(path, *arguments, **options)
 
-    monkeypatch.setattr(batch_file, "write_labels", full)
+    monkeypatch.setattr(results, "write_labels", full)
     result = call(capsys, "segment", "in", "-m", "m.safetensors", "-o", "out")
     assert result.code == 4
     assert result.err == "Error: Cannot write out/b.tif: the disk is full.\n"
@@ -304,14 +305,14 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_done(capsys, monkeypatch):
 
 
 def test_a_result_that_appears_during_the_run_is_kept(capsys, monkeypatch):
-    original = batch_file.write_labels
+    original = results.write_labels
 
     def late(path, *arguments, **options):
         write_bytes(path)
         original(path, *arguments, **options)
 
     os.mkdir("out")
-    monkeypatch.setattr(batch_file, "write_labels", late)
+    monkeypatch.setattr(results, "write_labels", late)
     result = call(capsys, "segment", "good.tif", "-m", "m.safetensors", "-o", "out")
     assert result.code == 4
     assert result.err.startswith("Error: out/good.tif exists already; use --overwrite")

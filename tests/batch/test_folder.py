@@ -23,6 +23,7 @@ from batch_cases import (
 from cli_cases import hashes, squares, threshold_model, write_image
 
 from napari_unet.batch import file as batch_file
+from napari_unet.batch import results as batch_results
 from napari_unet.batch.folder import batch_steps
 from napari_unet.batch.job import BatchJob, SegmentSettings
 from napari_unet.errors import BadModel, BadOutput, Partial
@@ -84,7 +85,7 @@ def test_the_summary_and_the_journal(place):
 
 @pytest.mark.parametrize("kind", ["tif", "ome.tif", "ome.zarr"])
 def test_formats(place, kind):
-    report = run_well(make_job(place, format=kind, probabilities=True))
+    run_well(make_job(place, format=kind, probabilities=True))
     for i in range(3):
         labels = place / "out" / f"a{i}.{kind}"
         assert label_count(labels) == i + 1
@@ -117,7 +118,7 @@ def test_odd_names(place):
         write_image(place / "in" / name, squares(2))
     if os.name == "posix":
         write_image(place / "in" / os.fsdecode(b"not text \xff.tif"), squares(1))
-    report = run_well(make_job(place))
+    run_well(make_job(place))
     names = {path.name for path in (place / "in").iterdir()}
     assert {path.name for path in (place / "out").glob("*.tif")} == names
     assert done_again(make_job(place), resume=True) == []
@@ -164,9 +165,17 @@ def test_one_bad_file_is_recorded_and_the_rest_goes_on(place):
         (BadOutput("There are more objects than"), "There are more objects than"),
     ],
 )
-@pytest.mark.parametrize("part", ["segment_into_steps", "write_labels", "read_image"])
-def test_whatever_happens_to_one_file(place, monkeypatch, error, reason, part):
-    original = getattr(batch_file, part)
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        (batch_file, "read_image"),
+        (batch_file, "segment_into_steps"),
+        (batch_results, "write_labels"),
+        (batch_results, "make_thumbnail"),
+    ],
+)
+def test_whatever_happens_to_one_file(place, monkeypatch, error, reason, module, part):
+    original = getattr(module, part)
     calls = []
 
     def fails_once(*arguments, **options):
@@ -175,7 +184,7 @@ def test_whatever_happens_to_one_file(place, monkeypatch, error, reason, part):
             raise error
         return original(*arguments, **options)
 
-    monkeypatch.setattr(batch_file, part, fails_once)
+    monkeypatch.setattr(module, part, fails_once)
     report = run(make_job(place))
     assert list(statuses(report).values()) == ["done", "failed", "done"]
     assert report.entries[1].reason.startswith(reason)
@@ -387,7 +396,7 @@ def test_large_images_give_the_same_results(place, monkeypatch):
     run_well(job.model_copy(update={"output": place / "reference"}))
     monkeypatch.setattr(batch_file, "LAZY_BYTES", 4_000)
     monkeypatch.setattr(batch_file, "LAZY_VALUES", 4_000)
-    report = run_well(job)
+    run_well(job)
     assert results(place / "out") == results(place / "reference")
     assert not parts(place)
 

@@ -167,6 +167,9 @@ class _Line:
     def close(self) -> None:
         """Finish what is small, and give up what is not."""
         self._stop.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._behind:
-            wait([self._behind[1]])
+        try:
+            # Before the pool is told to drop what it has not begun yet.
+            if self._behind:
+                wait([self._behind[1]])
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
