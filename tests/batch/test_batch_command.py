@@ -71,7 +71,7 @@ def test_options_reach_the_job(command, place):
     write_image(place / "in" / "sub" / "x_two.tif", stack, "CYX")
     result = command(
         *("in", "out", *MODEL, "-r", "--pattern", "x_*", "--format", "ome.tif"),
-        *("--channel", 1, "--threshold", 0.7, "--minimal-size", 5, "--tile", 16),
+        *("--channel", 1, "--threshold", 0.7, "--minimal-size", 5, "--tile", 64),
         *("--split-touching", "--precision", "float32", "--pixel-size", "0.25"),
         *("--device", "cpu", "--test-time-augmentation", "--axes", "CYX"),
     )
@@ -89,7 +89,7 @@ def test_options_reach_the_job(command, place):
         "precision: float32",
         "test_time_augmentation: true",
         "device: cpu",
-        "tile: 16",
+        "tile: 64",
     ):
         assert line in told, line
 
