@@ -301,6 +301,20 @@ def test_the_settings_of_the_command_line_are_kept(on, tmp_path):
     on.wait_for_words("of 3 are done; Resume does the rest.")
 
 
+def test_a_job_that_is_loaded_while_another_model_is(on, tmp_path):
+    on.dock._form.objects._threshold.setValue(0.7)
+    on.choose(write_images(tmp_path / "in", 2), tmp_path / "out")
+    on.dock.save_job(tmp_path / "mine.yaml")
+    keep_model("dim", threshold=0.2)
+    model = on.session.model
+    on.dock._form.chooser.open_checkpoint("dim")
+    on.dock.load_job(tmp_path / "mine.yaml")
+    on.wait_until(lambda: on.session.model is not model)
+    on.wait_until(lambda: on.session.source == "bright")
+    on.wait_for_words("2 images.")
+    assert on.dock._survey.job.settings.threshold == 0.7
+
+
 def test_another_model_of_the_same_name_is_refused(on, tmp_path):
     on.choose(write_images(tmp_path / "in", 2), tmp_path / "out")
     on.dock.save_job(tmp_path / "mine.yaml")

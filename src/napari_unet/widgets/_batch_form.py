@@ -344,7 +344,7 @@ class BatchForm(QWidget):
         """Show a job in the fields, and load its model."""
         self._told = job
         self.show_fields(job)
-        is_loaded = self.chooser.loaded == job.model
+        is_loaded = self.chooser.loaded == job.model and not self.chooser.loading
         self._awaited = "" if is_loaded else job.model
         self.chooser.choose(job.model, 2)
         if is_loaded and self._session.model is not None:

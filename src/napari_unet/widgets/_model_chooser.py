@@ -153,7 +153,9 @@ class ModelChooser(QWidget):
     def _on_session(self, model: Model) -> None:
         if self._session.source:
             self.loaded = self._session.source
-            self._fill(self.loaded)
+            # What was chosen while this one was loading is loaded next.
+            if not self.loading or self.chosen == self.loading:
+                self._fill(self.loaded)
 
     def _add(self, text: str, key: str, tooltip: str) -> None:
         self._list.addItem(text, key)
