@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from napari_unet.errors import BadInput, BadOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from napari_unet.batch.job import BatchJob
@@ -54,6 +55,22 @@ class Item:
     def outputs(self) -> list[Path]:
         """The files to write."""
         return [path for path in (self.labels, self.probabilities) if path]
+
+
+def result_folders(output: Path, items: Iterable[Item]) -> set[Path]:
+    """Return the folders in which a batch writes files.
+
+    Parameters
+    ----------
+    output : Path
+        The folder of the results.
+    items : iterable of Item
+        What is done.
+    """
+    folders = {output, output / INTERNAL, *(item.labels.parent for item in items)}
+    with suppress(OSError):
+        folders.update((output / INTERNAL).iterdir())
+    return folders
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -143,7 +160,11 @@ def without_parts(images: Sequence[Path]) -> list[Path]:
     """
     from napari_unet.files.members import is_part, list_members
 
-    members = {image: set(list_members(image)) for image in images}
+    # A folder may hold thousands of files, but none of them is another image.
+    members = {
+        image: set(list_members(image)) if image.is_file() else {image}
+        for image in images
+    }
     covered: set[Path] = set()
     for image in images:
         if image in covered:
