@@ -31,6 +31,12 @@ class OutOfMemory(UnetError):
     exit_code = 5
 
 
+class BadCluster(UnetError):
+    """A Dask scheduler or its workers cannot be reached, were lost, or do not fit."""
+
+    exit_code = 5
+
+
 class Cancelled(UnetError):
     """The user stopped the computation."""
 

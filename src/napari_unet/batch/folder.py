@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from napari_unet.batch.cluster import distributed_steps, recall_tasks
 from napari_unet.batch.file import Task, writing
+from napari_unet.batch.job import program_versions
 from napari_unet.batch.journal import Entry, Journal, Status
 from napari_unet.batch.overlap import overlapped_steps
 from napari_unet.batch.plan import (
@@ -21,8 +22,10 @@ from napari_unet.batch.plan import (
     check_batch,
     few,
     plan_batch,
+    result_folders,
 )
 from napari_unet.batch.report import write_report
+from napari_unet.batch.scheduler import check_scheduler
 from napari_unet.batch.tables import write_tables
 from napari_unet.errors import BadModel, BadOutput, Partial
 from napari_unet.files.atomic import sweep
@@ -38,9 +41,6 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Model
 
 __all__ = ["BatchProgress", "BatchReport", "batch_steps"]
-
-# Whose versions the results depend on.
-PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,11 @@ class BatchReport:
 
 
 def batch_steps(
-    job: BatchJob, *, resume: bool = False, overwrite: bool = False
+    job: BatchJob,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    scheduler: str | None = None,
 ) -> Generator[BatchProgress, None, BatchReport]:
     """Segment a folder of images; see :mod:`napari_unet.batch.plan` for the names.
 
@@ -124,6 +128,9 @@ def batch_steps(
         if neither image nor results have changed since.
     overwrite : bool
         Replace existing results.
+    scheduler : str or None
+        Of a Dask cluster that does the work, "tcp://host:8786" or "local"; see
+        :mod:`napari_unet.batch.cluster`. None does it in this process.
 
     Yields
     ------
@@ -141,20 +148,30 @@ def batch_steps(
         Before anything is done if the job cannot be; `BadOutput` also when the disk
         is full. What is finished then is kept.
     """
-    from napari_unet.inference.backends import choose_device
+    from napari_unet.inference.backends import Device, choose_device
     from napari_unet.models.library import load_model
 
+    if scheduler:
+        check_scheduler(scheduler)
     items = plan_batch(job)
     journal_path = job.output / JOURNAL
     may_replace = overwrite or (resume and journal_path.is_file())
     check_batch(job, items, overwrite=may_replace)
     with _locked(job.output):
-        _sweep(job.output, items)
+        recall_tasks(job.output / INTERNAL)
+        for folder in result_folders(job.output, items):
+            sweep(folder)
         model = load_model(job.model)
-        device = choose_device(job.settings.device)
+        wanted = job.settings.device
+        # Workers choose for themselves.
+        device = Device(wanted) if scheduler else choose_device(wanted)
         told, job = job, complete_job(job, model)
         journal = Journal(journal_path, job.fingerprint)
-        run = _Run(job, model, items, journal, device.name, resume=resume)
+        run = _Run(
+            *(job, model, items, journal, device.name),
+            resume=resume,
+            scheduler=scheduler,
+        )
         notes = [device.note, _changed_versions(told, job)]
         with journal:
             job.save(job.output / JOB)
@@ -181,14 +198,6 @@ def _locked(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _sweep(output: Path, items: Sequence[Item]) -> None:
-    """Remove what killed runs have left."""
-    internal = output / INTERNAL
-    folders = {output, internal, *(item.labels.parent for item in items)}
-    for folder in folders.union(internal.iterdir()):
-        sweep(folder)
-
-
 def complete_job(job: BatchJob, model: Model) -> BatchJob:
     """Add the hash of the model, which must be the same if it is known."""
     from napari_unet.models.checkpoint import model_sha256
@@ -200,8 +209,8 @@ def complete_job(job: BatchJob, model: Model) -> BatchJob:
             f"hash begins with {found[:8]} instead of {job.model_sha256[:8]}). Get "
             "that one again, or name the model with --model to use this one."
         )
-    versions = {name: version(name) for name in PROGRAMS}
-    return job.model_copy(update={"model_sha256": found, "versions": versions})
+    update = {"model_sha256": found, "versions": program_versions()}
+    return job.model_copy(update=update)
 
 
 def _changed_versions(told: BatchJob, job: BatchJob) -> str:
@@ -230,9 +239,11 @@ class _Run:
         device: str,
         *,
         resume: bool,
+        scheduler: str | None,
     ):
         self._job, self._model, self._journal = job, model, journal
         self._items = items
+        self._scheduler = scheduler
         self._task = Task(
             output=job.output,
             internal=job.output / INTERNAL,
@@ -277,7 +288,7 @@ class _Run:
         for note in filter(None, notes):
             yield self._progress(self._items[0], "waiting", note=note)
         self._journal.forget(item.name for item in self._todo)
-        files = overlapped_steps(self._todo, self._model, self._task, self._record)
+        files = self._file_steps()
         try:
             with closing(files):
                 for step in files:
@@ -287,6 +298,12 @@ class _Run:
                 self._conclude()
             raise
         return self._conclude()
+
+    def _file_steps(self) -> Generator[FileStep, None, None]:
+        what = self._todo, self._model, self._task, self._record
+        if self._scheduler:
+            return distributed_steps(*what, scheduler=self._scheduler)
+        return overlapped_steps(*what)
 
     def _record(self, entry: Entry) -> None:
         self._journal.add(entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 
     from napari_unet.inference.segment import SegmentOptions
 
-__all__ = ["FILE_NAME", "BatchJob", "SegmentSettings"]
+__all__ = ["FILE_NAME", "BatchJob", "SegmentSettings", "program_versions"]
 
 FILE_NAME = "job.yaml"
 VERSION = 1
 MAX_BYTES = 1_000_000
 _HEADER = "# A batch of napari-unet; repeat it with: napari-unet batch --job job.yaml\n"
+
+# Whose versions the results depend on.
+_PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
 
 # Where to compute and in which pieces: the result does not depend on these.
 _WITHOUT_EFFECT = ("device", "tile")
@@ -221,6 +225,11 @@ class BatchJob(_Told):
 
 
 _FOLDERS = ("input", "output")
+
+
+def program_versions() -> dict[str, str]:
+    """Return the versions of the programs that the results depend on."""
+    return {name: version(name) for name in _PROGRAMS}
 
 
 def _is_path(model: str) -> bool:

@@ -113,6 +113,16 @@ _Resume = Annotated[
 ]
 
 
+_Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Let the workers of a Dask cluster do the work: tcp://host:8786, or local "
+        "for one process for each GPU, or local:4 for 4 processes.",
+    ),
+]
+
+
 def batch(
     input_folder: _Input = None,
     output_folder: _Output = None,
@@ -124,6 +134,7 @@ def batch(
     measure: _Measure = False,
     job: _JobFile = None,
     resume: _Resume = False,
+    scheduler: _Scheduler = None,
     overwrite: Overwrite = False,
     axes: Axes = None,
     channels: Channels = None,
@@ -170,7 +181,8 @@ def batch(
     }
     given = {name: value for name, value in given.items() if value is not None}
     told = _job(job, given, settings)
-    _run(told, resume=resume, overwrite=overwrite, quiet=quiet)
+    how = {"resume": resume, "overwrite": overwrite, "scheduler": scheduler}
+    _run(told, how, quiet=quiet)
 
 
 def _job(
@@ -194,13 +206,13 @@ def _job(
     return BatchJob.of({**loaded, **given, "settings": merged})
 
 
-def _run(job: BatchJob, *, resume: bool, overwrite: bool, quiet: bool) -> None:
+def _run(job: BatchJob, how: dict[str, Any], *, quiet: bool) -> None:
     from napari_unet.batch.folder import batch_steps
 
     lines = _Lines(quiet)
     try:
         report = follow(
-            batch_steps(job, resume=resume, overwrite=overwrite),
+            batch_steps(job, **how),
             "Batch",
             unit="bytes",
             quiet=quiet,
