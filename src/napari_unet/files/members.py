@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -34,12 +33,7 @@ def list_members(path: Path) -> list[Path]:
         read only itself: to find out why is the reader's task.
     """
     if path.is_dir():
-        return [
-            path.__class__(folder, name)
-            for folder, folders, names in os.walk(path)
-            for name in sorted(names)
-            if folders.sort() is None
-        ]
+        return sorted(member for member in path.rglob("*") if member.is_file())
     xml = _ome_xml(path)
     own, others = None, set()
     # Where the header is forged, or files are missing, nothing of it is believed.
