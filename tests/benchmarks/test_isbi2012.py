@@ -7,6 +7,7 @@ import pytest
 from skimage.io import imread, imsave
 from skimage.measure import label
 from skimage.metrics import adapted_rand_error
+from skimage.segmentation import expand_labels
 
 from napari_unet import load_model
 
@@ -63,8 +64,21 @@ def test_errors_are_as_defined(isbi2012, shared_data):
     wrong = (truth != (interior > 0.4)).mean()
     assert isbi2012.pixel_error(truth, interior, 0.4) == pytest.approx(wrong)
     expected = [
-        adapted_rand_error(label(a, connectivity=1), label(b > 0.4, connectivity=1))[0]
+        adapted_rand_error(
+            label(a, connectivity=1), expand_labels(label(b > 0.4, connectivity=1), 512)
+        )[0]
         for a, b in zip(truth, interior, strict=True)
     ]
     found = isbi2012.rand_error(truth, interior, 0.4)
     assert found == pytest.approx(np.mean(expected))
+
+
+def test_the_width_of_predicted_membranes_does_not_count(isbi2012):
+    y, x = (abs((side + 10) % 20 - 10) for side in np.mgrid[:61, :61])
+    truth = (np.minimum(y, x) > 0)[None]
+    wide = (np.minimum(y, x) > 3)[None].astype(np.float32)
+    assert isbi2012.rand_error(truth, wide, 0.5) < 0.01
+    assert isbi2012.pixel_error(truth, wide, 0.5) > 0.2
+    merged = wide.copy()
+    merged[0, :, :45] = 1
+    assert isbi2012.rand_error(truth, merged, 0.5) > 0.4
