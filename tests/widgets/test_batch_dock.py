@@ -440,9 +440,9 @@ def test_running_file_stays_in_sight_unless_scrolled(on):
     def is_seen(number):
         return table._is_seen(table._rows.shown_at(rows[number].name))
 
-    for number in range(0, 300, 7):
+    for number in range(100, 300, 7):  # as when a batch is resumed
         table.update_rows({rows[number].name: replace(rows[number], status="running")})
-        table.follow(rows[number].name, anyway=number == 0)
+        table.follow(rows[number].name)
         assert is_seen(number)
     table.verticalScrollBar().setValue(5000)
     table.follow(rows[301].name)

@@ -290,22 +290,19 @@ class FileTable(QTableView):
         """Show what has become of some files."""
         self._rows.update(changed)
 
-    def follow(self, name: str, *, anyway: bool = False) -> None:
-        """Keep the running file in sight.
+    def follow(self, name: str) -> None:
+        """Keep the running file in sight, unless the one before it was not.
 
         Parameters
         ----------
         name : str
-            The file.
-        anyway : bool
-            Even if the one before is out of sight.
+            The file; "" while there is none.
         """
-        if name == self._current and not anyway:
+        if name == self._current:
             return
-        was_seen = self._is_seen(self._rows.shown_at(self._current))
-        self._current = name
+        before, self._current = self._current, name
         shown = self._rows.shown_at(name)
-        if shown >= 0 and (was_seen or anyway):
+        if shown >= 0 and (not before or self._is_seen(self._rows.shown_at(before))):
             self.scrollTo(self._rows.index(shown, FILE))
 
     def _is_seen(self, shown: int) -> bool:

@@ -100,12 +100,13 @@ def start_worker(
 
     def advance(step: Progress) -> None:
         nonlocal moved
-        # Each update runs the event loop: too much for hundreds of steps a second.
+        on_progress(step)
+        # Each update runs the event loop, which may deliver the next step: last, and
+        # not for hundreds of steps a second.
         if bar is not None and time.monotonic() - moved > _BAR_INTERVAL:
             moved = time.monotonic()
             bar.total = max(step.total, 1)
             bar.update(step.done - bar.n)
-        on_progress(step)
 
     def deliver(outcome: _Outcome) -> None:
         if outcome.problem:

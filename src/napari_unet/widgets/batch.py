@@ -201,8 +201,9 @@ class BatchWidget(Dock):
                 "that lies there, or tick Replace results."
             ), ""
         if done == total:
+            all_done = f"All {images} are" if total > 1 else "The image is"
             return (
-                f"All {images} are done. Choose other images or settings, or tick "
+                f"{all_done} done. Choose other images or settings, or tick "
                 "Replace results."
             ), ""
         failed, words = survey.count("failed"), f"{images}."
@@ -267,7 +268,7 @@ class BatchWidget(Dock):
             self._table.show_rows(step.changed.values())
         else:
             self._table.update_rows(step.changed)
-        self._table.follow(step.current, anyway=step.is_plan)
+        self._table.follow(step.current)
         if self._worker is not None and not self._worker.abort_requested:
             self._row.show_progress(step)
 
