@@ -33,7 +33,7 @@ def kill(place, job, kills, how):
         ("call", 6, 20),
         ("time", 6, 20),
         pytest.param("call", 60, 300, marks=pytest.mark.slow),
-        pytest.param("time", 60, 200, marks=pytest.mark.slow),
+        pytest.param("time", 60, 100, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_is_the_same_as_undisturbed(place, how, files, kills):
