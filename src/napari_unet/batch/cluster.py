@@ -42,6 +42,10 @@ HEARTBEAT = 0.25  # seconds between two yields while nothing happens
 AHEAD = 2  # files a worker is given at once: one to compute, one to read or write
 FETCH = 2.0  # seconds to get the few bytes that a task returns
 
+_KILLED = (
+    "The workers that segmented it died, one after the other. Memory may have run out: "
+    "crop the image, or use workers with more."
+)
 _MODEL = "model-{}.safetensors"
 
 
@@ -237,12 +241,12 @@ class _Window:
             # The worker has died with the result, and another one makes it again.
             future.add_done_callback(lambda f: self._inbox.put((number, f)))
             return None
-        except KilledWorker as error:
+        except KilledWorker:
             if number not in self._alone:
                 self._forget(number)
                 self._suspects.append(number)
                 return None
-            entry = failed(item, _killed(error))
+            entry = failed(item, BadInput(_KILLED))
         except Unseen:
             if item.image.exists():
                 raise
@@ -282,10 +286,3 @@ class _Window:
             f"{self._done} of {len(self._items)} images were done and are kept; the "
             "same command with --resume does the rest."
         )
-
-
-def _killed(error: Any) -> BadInput:
-    return BadInput(
-        f"{error.allowed_failures + 1} workers died while they segmented it, one after "
-        "the other. Memory may have run out: crop the image, or use workers with more."
-    )

@@ -95,6 +95,7 @@ def _local_cluster(count: str | None, device: str) -> Iterator[Any]:
         "host": "127.0.0.1",
         "protocol": "tcp://",
         "dashboard": False,
+        "dashboard_address": "127.0.0.1:0",  # where it says that it is well
     }
     worker_options = {
         **options,
