@@ -303,6 +303,7 @@ class FileTable(QTableView):
         before, self._current = self._current, name
         shown = self._rows.shown_at(name)
         if shown >= 0 and (not before or self._is_seen(self._rows.shown_at(before))):
+            self.executeDelayedItemsLayout()  # new rows may not have a place yet
             self.scrollTo(self._rows.index(shown, FILE))
 
     def _is_seen(self, shown: int) -> bool:
