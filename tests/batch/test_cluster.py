@@ -1,10 +1,12 @@
 """Workers of Dask do what this process would do, whatever happens to them."""
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -75,11 +77,12 @@ def assert_tidy(place):
 
 def worker_processes():
     """The processes of the workers that this process has started."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "spawn_main" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it was killed
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_local_cluster_gives_the_same_bytes(place, reference, capsys):
@@ -210,6 +213,31 @@ def test_cancel(place, address):
     assert not list((place / "out").glob("*.tif"))
     (place / "in" / "slow").unlink()
     assert not run(make_job(place), address, resume=True).failed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends what a terminal sends")
+def test_ctrl_c(place):
+    """It reaches the workers on this computer, too."""
+    make_images(place / "in", 40)
+    job = make_job(place)
+    command = [sys.executable, "-m", "napari_unet", "batch", job.input, job.output]
+    options = ["-m", job.model, "--scheduler", "local:2"]
+    with subprocess.Popen(
+        [*command, *options], start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        journal = place / "out" / "journal.jsonl"
+        while not (journal.exists() and journal.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130
+    assert told.startswith("Error: Stopped by Ctrl-C.")
+    assert len(list((place / "out").glob("*.tif"))) < 40
+    report = run_well(job, resume=True)
+    assert report.skipped > 0
+    assert_tidy(place)
 
 
 def test_a_killed_client_leaves_nothing_that_writes(place, address):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
+import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from napari_unet.batch.file import Task
 
 CONNECT = 30.0  # seconds to reach a scheduler
+GRACE = 0.5  # seconds for a worker process to end by itself
 PATIENCE = 600.0  # seconds without any worker
 
 _LOCAL = re.compile(r"local(?::([1-9]\d*))?")
@@ -102,6 +105,7 @@ def _local_cluster(count: str | None, device: str) -> Iterator[Any]:
         "nthreads": max(1, cores // len(environments)),
         "memory_limit": psutil.virtual_memory().total // len(environments),
         "silence_logs": logging.CRITICAL,
+        "preload": [__name__],
     }
     workers = {
         number: {"cls": Nanny, "options": {**worker_options, "env": environment}}
@@ -117,7 +121,16 @@ def _local_cluster(count: str | None, device: str) -> Iterator[Any]:
                 "Start fewer, or run without --scheduler."
             ) from error
         with cluster:
-            yield cluster
+            try:
+                yield cluster
+            finally:
+                cluster.sync(_end_workers, cluster)
+
+
+async def _end_workers(cluster: Any) -> None:
+    """End the processes within a second, even if they are at work."""
+    closing = [nanny.close(timeout=GRACE) for nanny in cluster.workers.values()]
+    await asyncio.gather(*closing, return_exceptions=True)
 
 
 def _environments(count: int | None, device: str) -> list[dict[str, str]]:
@@ -136,6 +149,11 @@ def _environments(count: int | None, device: str) -> list[dict[str, str]]:
         count = count or 1
     cores = os.cpu_count() or 1
     return [{} for _ in range(count or max(min(2, cores), cores // 4))]
+
+
+def dask_setup(_worker: Any) -> None:
+    """Let Ctrl-C be the matter of the process that has started this worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def one_line(error: object) -> str:
