@@ -211,14 +211,14 @@ def test_upsampling_keeps_things_in_place(upsampling, ndim):
 
 
 def test_pixel_shuffle_equals_torchs_own_in_2d():
-    from napari_unet.network.unet import _pixel_shuffle
+    from napari_unet.network.blocks import _pixel_shuffle
 
     x = torch.randn(2, 12, 3, 5)
     assert torch.equal(_pixel_shuffle(x), nn.functional.pixel_shuffle(x, 2))
 
 
 def test_pixel_shuffle_in_3d_interleaves_every_axis():
-    from napari_unet.network.unet import _pixel_shuffle
+    from napari_unet.network.blocks import _pixel_shuffle
 
     x = torch.arange(16 * 2 * 3 * 4).reshape(1, 16, 2, 3, 4)
     shuffled = _pixel_shuffle(x)

@@ -80,32 +80,42 @@ def receptive_field(config: UNetConfig) -> ReceptiveField:
     ReceptiveField
     """
     alignment = 2**config.depth
-    convs = 2 * config.convs_per_level  # pixels a valid block removes from a side
     shrinks = [0] * (config.depth + 1)  # by which the sub-network at a level shrinks
+    remainder = 0
     if config.padding == "valid":
-        shrinks[config.depth] = convs
+        down, bottom, up = _convolutions(config)
+        shrinks[config.depth] = 2 * bottom
         for level in reversed(range(config.depth)):
-            shrinks[level] = 2 * convs + 2 * shrinks[level + 1]
+            shrinks[level] = 2 * (down[level] + up[level] + shrinks[level + 1])
+        remainder = sum(n << (level + 1) for level, n in enumerate(down)) % alignment
     length = 64 * alignment  # long enough that both ends are independent
     first, last = _input_interval(config, shrinks, 0, (0, length - 1))
     shrink = shrinks[0] // 2
     return ReceptiveField(
         alignment=alignment,
-        remainder=(alignment - 1) * convs % alignment if shrink else 0,
+        remainder=remainder,
         shrink=shrink,
         before=shrink - first,
         after=last - (length - 1) - shrink,
     )
 
 
+def _convolutions(config: UNetConfig) -> tuple[list[int], int, list[int]]:
+    """3x3 convolutions of the encoder by level, at the bottom, of the decoder."""
+    counts = [len(block) for block in config.block_widths]
+    depth = config.depth
+    return counts[:depth], counts[depth] + bool(config.bridge), counts[:depth:-1]
+
+
 def _input_interval(
     config: UNetConfig, shrinks: list[int], level: int, output: Interval
 ) -> Interval:
     """Input of the sub-network at ``level`` that an interval of its output needs."""
-    output = _before_convs(config, output)
+    down, bottom, up = _convolutions(config)
     if level == config.depth:
-        return output
-    first, last = _before_upsampling(config, output)
+        return _before_convs(config, bottom, output)
+    output = _before_convs(config, up[level], output)
+    first, last = _before_upsampling(config, level, output)
     below = _input_interval(config, shrinks, level + 1, (first, last))
     needed = [(2 * below[0], 2 * below[1] + 1)]
     if config.skip_connections:
@@ -114,20 +124,23 @@ def _input_interval(
     if config.upsampling == "unpool":
         needed.append((2 * first, 2 * last + 1))  # where the maxima were
     first, last = min(i[0] for i in needed), max(i[1] for i in needed)
-    return _before_convs(config, (first, last))
+    return _before_convs(config, down[level], (first, last))
 
 
-def _before_convs(config: UNetConfig, interval: Interval) -> Interval:
+def _before_convs(config: UNetConfig, count: int, interval: Interval) -> Interval:
     first, last = interval
     if config.padding == "valid":
-        return first, last + 2 * config.convs_per_level
-    return first - config.convs_per_level, last + config.convs_per_level
+        return first, last + 2 * count
+    return first - count, last + count
 
 
-def _before_upsampling(config: UNetConfig, interval: Interval) -> Interval:
+def _before_upsampling(config: UNetConfig, level: int, interval: Interval) -> Interval:
     first, last = interval
-    if config.upsampling == "nearest":
+    bare = config.ups is not None and not config.ups[config.depth - 1 - level]
+    if config.upsampling == "nearest" and not bare:
         last += 1  # the 2x2 convolution looks one pixel ahead
+    if config.upsampling == "transposed_3x3":
+        last += 1  # an odd output also takes the next input
     if config.upsampling == "bilinear":
         # Output i interpolates at (i + 1/2) / 2 - 1/2.
         return (first - 1) // 2, (last + 1) // 2

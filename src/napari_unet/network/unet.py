@@ -11,10 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from napari_unet.errors import BadInput, BadModel
+from napari_unet.network.blocks import (
+    ConvBlock,
+    Up,
+    conv_type,
+    crop_to,
+    pad_to,
+    prefer_first,
+)
 
 Padding = Literal["same", "valid"]
-Upsampling = Literal["transposed", "nearest", "bilinear", "unpool", "pixel_shuffle"]
+Upsampling = Literal[
+    "transposed", "transposed_3x3", "nearest", "bilinear", "unpool", "pixel_shuffle"
+]
 Norm = Literal["batch", "group", "instance"]
+NormPlace = Literal["before_activation", "after_activation", "before_convolution"]
+Skips = Literal["concat", "add"]
+Blocks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,14 @@ class UNetConfig:
     padding : "same" or "valid"
         "valid" is the network of the paper: the output is smaller than the input.
     upsampling : str
-        "transposed": 2x2 transposed convolution. "nearest": repeat every value,
-        then a 2x2 convolution. "bilinear": interpolate, then a 1x1 convolution.
-        "unpool": 1x1 convolution, then back to where the maxima came from.
-        "pixel_shuffle": 1x1 convolution, then trade channels for pixels.
+        "transposed": 2x2 transposed convolution. "transposed_3x3": its windows
+        overlap by a pixel. "nearest": repeat every value, then a 2x2 convolution.
+        "bilinear": interpolate, then a 1x1 convolution. "unpool": 1x1 convolution,
+        then back to where the maxima came from. "pixel_shuffle": 1x1 convolution,
+        then trade channels for pixels.
     norm : "batch", "group", "instance" or None
-        Normalisation after every convolution of a block, which then has no bias.
+        Normalisation of every convolution of a block; one that it follows
+        directly has no bias.
     skip_connections : bool
         False leaves an encoder-decoder.
     dropout : float
@@ -52,6 +67,22 @@ class UNetConfig:
     align_corners : bool
         How "bilinear" interpolates; True depends on the size of the input and
         so cannot be tiled exactly.
+    skips : "concat" or "add"
+        How a skip connection joins the upsampled map.
+    norm_place : str
+        "before_activation", "after_activation" or "before_convolution".
+    negative_slope : float
+        Of the activation for negative values; 0 is the ReLU.
+    blocks : tuple of tuple of int, or None
+        Channels after each 3x3 convolution of each block: the encoder's from the
+        finest, the bottleneck, the decoder's from the coarsest. None: as the other
+        numbers say, which must agree: ``base_channels`` is the most of the finest
+        encoder block, ``convs_per_level`` that of all blocks.
+    ups : tuple of int, or None
+        Channels after each upsampling, from the coarsest; 0 where only the size
+        changes. None: half of what comes in.
+    bridge : int
+        Channels of a bare convolution before the bottleneck, 0 without.
 
     Raises
     ------
@@ -71,6 +102,13 @@ class UNetConfig:
     dropout: float = 0.0
     ndim: int = 2
     align_corners: bool = False
+    # What only other people's networks need.
+    skips: Skips = "concat"
+    norm_place: NormPlace = "before_activation"
+    negative_slope: float = 0.0
+    blocks: Blocks | None = None
+    ups: tuple[int, ...] | None = None
+    bridge: int = 0
 
     def __post_init__(self) -> None:
         for name, largest in (
@@ -88,19 +126,64 @@ class UNetConfig:
         _check(self.padding in get_args(Padding), "padding", self)
         _check(self.upsampling in get_args(Upsampling), "upsampling", self)
         _check(self.norm in (*get_args(Norm), None), "norm", self)
-        is_number = isinstance(self.dropout, int | float)
-        _check(is_number and 0 <= self.dropout < 1, "dropout", self)
+        _check(self.skips in get_args(Skips), "skips", self)
+        _check(self.norm_place in get_args(NormPlace), "norm_place", self)
+        for name in ("dropout", "negative_slope"):
+            value = getattr(self, name)
+            _check(isinstance(value, int | float) and 0 <= value < 1, name, self)
+        _check(type(self.bridge) is int and 0 <= self.bridge <= 4096, "bridge", self)
         _check(self.ndim > 1, "ndim", self)
         if self.upsampling == "unpool" and self.padding == "valid":
             raise BadModel(
                 "upsampling='unpool' needs padding='same': the maxima of a valid "
                 "network lie outside its smaller maps. Choose another upsampling."
             )
+        if self.blocks is not None:
+            self._check_blocks(self.blocks)
+        if self.ups is not None:
+            _check(_are_widths(self.ups, 0, self.depth), "ups", self)
+            bare = self.upsampling in ("nearest", "bilinear")
+            _check(bare or all(self.ups), "ups", self)
+        if self.skips == "add" and self.skip_connections:
+            self._check_sums()
+
+    def _check_blocks(self, blocks: Blocks) -> None:
+        fits = isinstance(blocks, tuple) and len(blocks) == 2 * self.depth + 1
+        fits = fits and all(_are_widths(block, 1) for block in blocks)
+        fits = fits and all(blocks[: self.depth + 1])
+        _check(fits, "blocks", self)
+        _check(self.base_channels == max(blocks[0]), "base_channels", self)
+        _check(self.convs_per_level == max(map(len, blocks)), "convs_per_level", self)
+
+    def _check_sums(self) -> None:
+        """Raise `BadModel` unless each skip has the channels it is added to."""
+        for level, (_, joined, skip) in enumerate(self.joints):
+            if joined != skip:
+                raise BadModel(
+                    f"Skip connection {level + 1} has {skip} channels and is added to "
+                    f"{joined}; give ups and blocks of equal channels."
+                )
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of every level, from the finest to the bottom."""
-        return tuple(self.base_channels << level for level in range(self.depth + 1))
+    def block_widths(self) -> Blocks:
+        """Channels after each convolution, block by block as they run."""
+        if self.blocks is not None:
+            return self.blocks
+        down = [self.base_channels << level for level in range(self.depth + 1)]
+        return tuple((width,) * self.convs_per_level for width in down + down[-2::-1])
+
+    @property
+    def joints(self) -> list[tuple[int, int, int]]:
+        """Channels before and after each upsampling, and of its skip connection."""
+        blocks = self.block_widths
+        channels, found = blocks[self.depth][-1], []
+        for index in range(self.depth):
+            skip = blocks[self.depth - 1 - index][-1] if self.skip_connections else 0
+            up = channels // 2 if self.ups is None else self.ups[index] or channels
+            found.append((channels, up, skip))
+            joined = up + skip if self.skips == "concat" else up
+            channels = (blocks[self.depth + 1 + index] or (joined,))[-1]
+        return found
 
     @property
     def smallest_side(self) -> int:
@@ -109,8 +192,16 @@ class UNetConfig:
         return (2 if self.norm in ("group", "instance") else 1) << self.depth
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain data."""
-        return asdict(self)
+        """Return the configuration as plain data.
+
+        What only other people's networks need is left out where it is not used.
+        """
+        foreign = {f.name: f.default for f in fields(self)[_OUR_FIELDS:]}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in foreign or value != foreign[name]
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
@@ -121,80 +212,31 @@ class UNetConfig:
                 f"The network configuration has unknown entries {sorted(unknown)}; "
                 "the file was probably written by a newer napari-unet. Update it."
             )
+        for name in ("blocks", "ups"):  # tuples, also from JSON
+            if isinstance(values.get(name), list):
+                values = values | {name: _tuples(values[name])}
         return cls(**values)
+
+
+_OUR_FIELDS = 12  # those before ``skips``
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _are_widths(value: Any, least: int, count: int | None = None) -> bool:
+    return (
+        isinstance(value, tuple)
+        and (len(value) <= 8 if count is None else len(value) == count)
+        and all(type(width) is int and least <= width <= 4096 for width in value)
+    )
 
 
 def _check(holds: bool, name: str, config: UNetConfig) -> None:
     if not holds:
         value = getattr(config, name)
         raise BadModel(f"A U-Net cannot have {name}={value!r}; choose another value.")
-
-
-class ConvBlock(nn.Sequential):
-    """3x3 convolutions, each with its normalisation and ReLU."""
-
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int):
-        layers: list[nn.Module] = []
-        for index in range(config.convs_per_level):
-            layers.append(
-                _conv(config.ndim)(
-                    out_channels if index else in_channels,
-                    out_channels,
-                    3,
-                    padding=1 if config.padding == "same" else 0,
-                    bias=config.norm is None,
-                )
-            )
-            if config.norm is not None:
-                layers.append(_norm(config, out_channels))
-            layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers)
-
-
-class Up(nn.Module):
-    """Double the size and bring ``in_channels`` to ``out_channels``."""
-
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int):
-        super().__init__()
-        self.kind = config.upsampling
-        self.ndim = config.ndim
-        self.align_corners = config.align_corners
-        conv = _conv(config.ndim)
-        if self.kind == "transposed":
-            transposed = nn.ConvTranspose2d if self.ndim == 2 else nn.ConvTranspose3d
-            self.conv: nn.Module = transposed(in_channels, out_channels, 2, 2)
-        elif self.kind == "nearest":
-            self.conv = conv(in_channels, out_channels, 2)
-        elif self.kind == "pixel_shuffle":
-            self.conv = conv(in_channels, out_channels << self.ndim, 1)
-        else:
-            self.conv = conv(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor, size: list[int], indices: Tensor | None) -> Tensor:
-        """Upsample; only unpooling uses the encoder's ``size`` and ``indices``."""
-        if self.kind == "nearest":
-            x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = functional.pad(x, [0, 1] * self.ndim)
-            return self._convolve(x)
-        if self.kind == "bilinear":
-            mode = "bilinear" if self.ndim == 2 else "trilinear"
-            x = functional.interpolate(
-                x, scale_factor=2.0, mode=mode, align_corners=self.align_corners
-            )
-            return self._convolve(x)
-        x = self._convolve(x)
-        if self.kind == "pixel_shuffle":
-            return _pixel_shuffle(x)
-        if self.kind == "unpool":
-            assert indices is not None
-            if self.ndim == 2:
-                return functional.max_unpool2d(x, indices, [2, 2], output_size=size)
-            return functional.max_unpool3d(x, indices, [2, 2, 2], output_size=size)
-        return x
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        convolved: Tensor = self.conv(x)
-        return convolved
 
 
 class UNet(nn.Module):
@@ -218,21 +260,27 @@ class UNet(nn.Module):
         super().__init__()
         config = UNetConfig(in_channels, num_classes, **options)
         self.config = config
-        widths = config.widths
-        self.encoder = nn.ModuleList(
-            ConvBlock(config, widths[level - 1] if level else in_channels, width)
-            for level, width in enumerate(widths[:-1])
-        )
-        self.bottleneck = ConvBlock(config, widths[-2], widths[-1])
-        skip = 2 if config.skip_connections else 1
+        blocks, channels = config.block_widths, in_channels
+        self.encoder = nn.ModuleList()
+        for block in blocks[: config.depth]:
+            self.encoder.append(ConvBlock(config, channels, block))
+            channels = block[-1]
+        if config.bridge:
+            bare = 1 if config.padding == "same" else 0
+            conv = conv_type(config.ndim)
+            self.bridge = conv(channels, config.bridge, 3, padding=bare)
+            channels = config.bridge
+        self.bottleneck = ConvBlock(config, channels, blocks[config.depth])
         # From the bottom up, in the order in which they run.
-        self.up = nn.ModuleList(
-            Up(config, 2 * width, width) for width in reversed(widths[:-1])
-        )
-        self.decoder = nn.ModuleList(
-            ConvBlock(config, skip * width, width) for width in reversed(widths[:-1])
-        )
-        self.head = _conv(config.ndim)(widths[0], num_classes, 1)
+        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for index, (before, after, skip) in enumerate(config.joints):
+            convolved = config.ups is None or config.ups[index] > 0
+            self.up.append(Up(config, before, after if convolved else 0))
+            joined = after + skip if config.skips == "concat" else after
+            block = blocks[config.depth + 1 + index]
+            self.decoder.append(ConvBlock(config, joined, block))
+            channels = (block or (joined,))[-1]
+        self.head = conv_type(config.ndim)(channels, num_classes, 1)
         self.dropout = nn.Dropout(config.dropout)
         self._initialise()
 
@@ -263,7 +311,7 @@ class UNet(nn.Module):
         config = self.config
         wanted = list(image.shape[2:])
         if config.padding == "same":
-            x = _pad_to(image, [max(side, config.smallest_side) for side in wanted])
+            x = pad_to(image, [max(side, config.smallest_side) for side in wanted])
         else:
             self._check_valid(wanted)
             x = image
@@ -276,15 +324,18 @@ class UNet(nn.Module):
             maps.append(x)
             x, indices = self._pool(x)
             places.append(indices)
+        if config.bridge:
+            x = self.bridge(x)
         x = self.dropout(self.bottleneck(x))
         for up, block in zip(self.up, self.decoder, strict=True):
             skip = maps.pop()
             size = list(skip.shape[2:])
             x = up(x, size, places.pop())
             if config.padding == "same":
-                x = _pad_to(x, size)
+                x = pad_to(x, size)
             if config.skip_connections:
-                x = torch.cat([_crop_to(skip, list(x.shape[2:])), x], dim=1)
+                skip = crop_to(skip, list(x.shape[2:]))
+                x = x + skip if config.skips == "add" else torch.cat([skip, x], dim=1)
             x = block(x)
         logits: Tensor = self.head(x)
         if config.padding == "same":
@@ -295,7 +346,7 @@ class UNet(nn.Module):
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         is_2d = self.config.ndim == 2
         if self.config.upsampling == "unpool":
-            ranked = _ranked(x)
+            ranked = prefer_first(x)
             if is_2d:
                 _, indices = functional.max_pool2d_with_indices(ranked, [2, 2])
             else:
@@ -331,59 +382,6 @@ class UNet(nn.Module):
                 continue
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def _conv(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
-    return nn.Conv2d if ndim == 2 else nn.Conv3d
-
-
-def _norm(config: UNetConfig, channels: int) -> nn.Module:
-    if config.norm == "group":
-        return nn.GroupNorm(math.gcd(8, channels), channels)
-    if config.norm == "instance":
-        instance = nn.InstanceNorm2d if config.ndim == 2 else nn.InstanceNorm3d
-        return instance(channels, affine=True)
-    return (nn.BatchNorm2d if config.ndim == 2 else nn.BatchNorm3d)(channels)
-
-
-def _pixel_shuffle(x: Tensor) -> Tensor:
-    """(batch, c * 2**n, *spatial) -> (batch, c, *doubled), in 2D and 3D."""
-    ndim = x.ndim - 2
-    batch, channels = x.shape[0], x.shape[1] >> ndim
-    x = x.reshape(batch, channels, *[2] * ndim, *x.shape[2:])
-    order = [0, 1]
-    for axis in range(ndim):
-        order += [2 + ndim + axis, 2 + axis]
-    x = x.permute(order)
-    sides = [2 * x.shape[2 + 2 * axis] for axis in range(ndim)]
-    return x.reshape(batch, channels, *sides)
-
-
-def _ranked(x: Tensor) -> Tensor:
-    """Prefer the first of equal values, which rounding would tell apart."""
-    for axis in range(2, x.ndim):
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        odd = torch.arange(x.shape[axis], device=x.device) % 2
-        less = 1e-5 * (1 << (x.ndim - 1 - axis)) * odd.to(x.dtype).view(shape)
-        # By more than rounding, also where what is not negative is almost zero.
-        x = x - less * (x.abs() + 1)
-    return x
-
-
-def _pad_to(x: Tensor, sides: list[int]) -> Tensor:
-    """Append zeros where ``x`` is smaller."""
-    missing = [side - have for side, have in zip(sides, x.shape[2:], strict=True)]
-    if not any(missing):
-        return x
-    return functional.pad(x, [n for gap in reversed(missing) for n in (0, gap)])
-
-
-def _crop_to(x: Tensor, sides: list[int]) -> Tensor:
-    """Cut out the centre."""
-    for axis, side in enumerate(sides, start=2):
-        x = x.narrow(axis, (x.shape[axis] - side) // 2, side)
-    return x
 
 
 NAMED_CONFIGS: dict[str, UNetConfig] = {

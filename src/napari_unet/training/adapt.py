@@ -181,10 +181,15 @@ def _count(channels: int) -> str:
 
 
 def _replace_first(network: UNet, state: dict[str, Tensor]) -> None:
-    name, channels = "encoder.0.0.weight", network.config.in_channels
-    old = state[name]
-    kernel = old.mean(1, keepdim=True) * (old.shape[1] / channels)
-    state[name] = kernel.repeat(1, channels, *[1] * (old.ndim - 2))
+    config, channels = network.config, network.config.in_channels
+    # A norm may come before the first convolution.
+    first = int(config.norm is not None and config.norm_place == "before_convolution")
+    for name, old in state.items():
+        if name == f"encoder.0.{first}.weight":
+            kernel = old.mean(1, keepdim=True) * (old.shape[1] / channels)
+            state[name] = kernel.repeat(1, channels, *[1] * (old.ndim - 2))
+        elif first and name.startswith("encoder.0.0.") and old.ndim:
+            state[name] = old.mean().repeat(channels)
 
 
 def _replace_last(network: UNet, state: dict[str, Tensor]) -> None:
