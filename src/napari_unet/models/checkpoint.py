@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
 from napari_unet.errors import BadModel
 from napari_unet.files.atomic import atomic_path
 from napari_unet.models.model import Model, Passport
+from napari_unet.models.safety import read_checked
 from napari_unet.network.unet import UNet, UNetConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "napari-unet 1"
-MAX_HEADER = 1_000_000  # bytes; a header of 10**5 tensors takes seconds to parse
-MAX_FILE = 8 << 30
+MAX_HEADER = 1_000_000  # bytes
 
 
 def save_model(model: Model, path: str | Path) -> Path:
@@ -75,8 +74,8 @@ def save_model(model: Model, path: str | Path) -> Path:
 def read_model(path: str | Path) -> Model:
     """Read a model from one of our ``.safetensors`` files.
 
-    Nothing in the file is executed. The header's size, the known keys, the
-    tensors' names, shapes and hash, and that all weights are finite are checked.
+    Nothing in the file is executed. Beyond what `read_checked` looks at, the known
+    keys and the tensors' names, shapes and hash are checked.
 
     Parameters
     ----------
@@ -94,7 +93,13 @@ def read_model(path: str | Path) -> Model:
         If the file is missing, broken, incomplete or not ours.
     """
     path = Path(path)
-    metadata = _metadata(path)
+    checked = read_checked(path)
+    metadata, tensors = checked.metadata, checked.tensors
+    if metadata.get("format") != FORMAT or not {"config", "passport"} <= set(metadata):
+        raise BadModel(
+            f"{path.name} is not a napari-unet checkpoint (.safetensors with a "
+            "passport). Choose one that napari-unet has written."
+        )
     try:
         config = UNetConfig.from_dict(json.loads(metadata["config"]))
         passport = Passport.model_validate_json(metadata["passport"])
@@ -104,12 +109,6 @@ def read_model(path: str | Path) -> Model:
         raise BadModel(
             f"The header of {path.name} is damaged or was written by a newer "
             f"napari-unet: {_first_line(error)}. Get the file again, or update."
-        ) from error
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadModel(
-            f"{path.name} is damaged ({_first_line(error)}). Get the file again."
         ) from error
     # Built without memory first, so that a forged header cannot claim gigabytes.
     with torch.device("meta"):
@@ -138,7 +137,7 @@ def model_sha256(model: Model) -> str:
 
 
 def check_tensors(file: str, network: UNet, tensors: dict[str, Tensor]) -> None:
-    """Raise `BadModel` unless the tensors are finite and those of the network."""
+    """Raise `BadModel` unless the tensors are those of the network."""
     expected = network.state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
@@ -155,63 +154,6 @@ def check_tensors(file: str, network: UNet, tensors: dict[str, Tensor]) -> None:
             f"The weights in {file} do not fit its network: "
             f"{'; '.join(problems[:5])}{more}. The file is damaged or mislabelled."
         )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise BadModel(
-                f"{file} has {count} non-finite values in {name}; its training "
-                "failed. Use an earlier checkpoint."
-            )
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """Read the header without interpreting anything beyond it."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            header = file.read(length) if length <= MAX_HEADER else b""
-    except OSError as error:
-        raise BadModel(
-            f"Cannot read the checkpoint {path}: {error.strerror or error}. Check "
-            "the path."
-        ) from error
-    foreign = BadModel(
-        f"{path.name} is not a napari-unet checkpoint (.safetensors with a passport). "
-        "Choose one that napari-unet has written."
-    )
-    if length < 2 or length > MAX_HEADER or size > MAX_FILE or header[:1] != b"{":
-        raise foreign
-    if len(header) < length:
-        raise BadModel(
-            f"{path.name} is incomplete ({size} of at least {8 + length} bytes). "
-            "Get the file again."
-        )
-    try:
-        entries = json.loads(header)
-        metadata = entries.pop("__metadata__", {})
-        end = 8 + length + max(e["data_offsets"][1] for e in entries.values())
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-    ) as error:
-        raise BadModel(
-            f"The header of {path.name} is damaged. Get the file again."
-        ) from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise foreign
-    if size < end:
-        raise BadModel(
-            f"{path.name} is incomplete ({size} of {end} bytes). Get the file again."
-        )
-    if not {"config", "passport"} <= metadata.keys():
-        raise foreign
-    return metadata
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

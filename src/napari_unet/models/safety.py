@@ -1,0 +1,357 @@
+"""What is checked before a byte of an untrusted checkpoint is interpreted.
+
+The order: a regular file of a sane size; its container, by magic; the container's own
+structure; for pickles every instruction and every tensor's place (`pickled`); only
+then a reader of torch or safetensors, torch's being the one that runs no code; at last
+that all weights are finite. A file that fails is refused: there is no second try in a
+less safe way.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from napari_unet.errors import BadModel
+from napari_unet.models.containers import (
+    MAX_MEMBERS,
+    MAX_PICKLE,
+    SAFETENSORS,
+    TORCH_ZIP,
+    container,
+    read_archive,
+)
+from napari_unet.models.pickled import Followed, Storage, follow_pickle
+
+MAX_FILE = 8 << 30  # bytes
+MAX_HEADER = 16 << 20  # bytes, of a safetensors file
+MAX_HEADER_PARTS = 400_000  # of the header's JSON; a network of 10**4 tensors has 10**5
+_ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "C64": 8,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_DAMAGED = "Get the file again."
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What a checkpoint holds, read without running any of it.
+
+    Attributes
+    ----------
+    tensors : dict
+        All tensors by their place in `tree`, joined by dots: "state_dict.head.bias".
+    tree : dict
+        All that the file holds: dicts, lists and tuples of plain values and tensors.
+    container : str
+        "safetensors", "torch zip" or "torch legacy".
+    metadata : dict
+        The texts in the header of a safetensors file.
+    """
+
+    tensors: dict[str, Tensor]
+    tree: Any
+    container: str
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_checked(path: str | Path) -> CheckedFile:
+    """Read a ``.safetensors`` file or one that ``torch.save`` wrote, safely.
+
+    Parameters
+    ----------
+    path : path
+        Of the file. It may come from anyone; its suffix does not matter.
+
+    Returns
+    -------
+    CheckedFile
+        Tensors on the CPU, dense, finite and without gradients.
+
+    Raises
+    ------
+    BadModel
+        If the file is missing, damaged, no such checkpoint or asks for more than
+        plain weights need.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as file:
+            return _read(path, file)
+    except OSError as error:
+        raise BadModel(
+            f"Cannot read the checkpoint {path}: {error.strerror or error}. Check "
+            "the path."
+        ) from error
+    except BadModel as error:
+        raise BadModel(f"{path.name} cannot be used. {error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file, but not a pipe or device, which could keep us waiting for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "It is not a regular file")
+    return path.open("rb")
+
+
+def _read(path: Path, file: BinaryIO) -> CheckedFile:
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_FILE:
+        raise BadModel(
+            f"It has {size >> 30} GB, more than any U-Net ({MAX_FILE >> 30} GB at "
+            "most). Choose a checkpoint of one network."
+        )
+    start = file.read(512)
+    file.seek(max(0, size - 512))
+    kind = container(start, file.read(512))
+    metadata: dict[str, str] = {}
+    if kind == SAFETENSORS:
+        metadata = _check_safetensors(file, size)
+        content = _load_safetensors(path)
+    else:
+        check = _check_zip if kind == TORCH_ZIP else _check_legacy
+        check(file, size)
+        content = _load_torch(file)
+    tensors: dict[str, Tensor] = {}
+    tree = _plain(content, (), tensors)
+    _check_finite(tensors)
+    return CheckedFile(tensors, tree, kind, metadata)
+
+
+# --- what torch.save writes --------------------------------------------------
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    """Check a zip archive of torch, its pickle, and that they agree."""
+    content, sizes = read_archive(file, size)
+    followed = follow_pickle(content)
+    _check_tree(followed)
+    for key, storage in followed.storages.items():
+        if storage.nbytes != sizes.get(key):
+            raise BadModel(
+                f"Its weights {key[:40]!r} should have {storage.nbytes} bytes but have "
+                f"{sizes.get(key, 0)}. {_DAMAGED}"
+            )
+
+
+def _check_legacy(file: BinaryIO, size: int) -> None:
+    """Check the pickles and the storages of a file of torch < 1.6."""
+    file.seek(0)
+    content = file.read(MAX_PICKLE)
+    numbers = follow_pickle(content)
+    version = follow_pickle(content, numbers.end)
+    system = follow_pickle(content, version.end)
+    followed = follow_pickle(content, system.end)
+    _check_tree(followed)
+    keys = follow_pickle(content, followed.end)
+    if version.tree != 1001 or type(system.tree) is not dict:
+        raise BadModel(f"It is damaged or of an unknown version of torch. {_DAMAGED}")
+    if system.tree.get("little_endian") is not True:
+        raise BadModel(
+            "It was written by a big-endian computer, which torch cannot read. Save "
+            "it again there with torch 1.6 or newer."
+        )
+    found = keys.tree if type(keys.tree) is list else []
+    if not all(type(key) is str for key in found) or (
+        sorted(found) != sorted(followed.storages)
+    ):
+        raise BadModel(f"The list of its weights is damaged. {_DAMAGED}")
+    _check_storages(file, keys.end, size, [followed.storages[key] for key in found])
+
+
+def _check_storages(
+    file: BinaryIO, place: int, size: int, storages: list[Storage]
+) -> None:
+    """Check that the storages of a legacy file lie behind each other from a place on.
+
+    Torch reads no further, and real files have a line break behind the last one.
+    """
+    end = place + sum(8 + storage.nbytes for storage in storages)
+    if end > size:
+        raise BadModel(f"It is incomplete ({size} of {end} bytes). {_DAMAGED}")
+    for storage in storages:
+        file.seek(place)
+        if file.read(8) != struct.pack("<q", storage.count):
+            raise BadModel(
+                f"Its weights {storage.key[:40]!r} do not have the announced size. "
+                f"{_DAMAGED}"
+            )
+        place += 8 + storage.nbytes
+
+
+def _check_tree(followed: Followed) -> None:
+    if type(followed.tree) is not dict:
+        raise BadModel(
+            "It does not hold a state dict (the weights by name). Save it with "
+            "torch.save(model.state_dict(), 'weights.pt')."
+        )
+    if len(followed.storages) > MAX_MEMBERS:
+        raise BadModel(
+            f"It holds {len(followed.storages)} tensors, more than a network has "
+            f"({MAX_MEMBERS} at most). Choose a checkpoint of one network."
+        )
+
+
+def _load_torch(file: BinaryIO) -> Any:
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:
+        # All checks passed, yet a second reader that trusts nothing says no.
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise BadModel(
+            f"torch refuses to read it safely ({reason}). If you trust where it came "
+            "from, load it in Python and save the weights alone: "
+            "torch.save(model.state_dict(), 'weights.pt')."
+        ) from error
+
+
+# --- safetensors -------------------------------------------------------------
+
+
+def _check_safetensors(file: BinaryIO, size: int) -> dict[str, str]:
+    """Check the header of a safetensors file; return the texts in it."""
+    file.seek(0)
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > MAX_HEADER and length <= size:
+        raise BadModel(
+            f"Its header has {length >> 20} MB ({MAX_HEADER >> 20} at most), more "
+            "than a network needs. Choose a checkpoint of one network."
+        )
+    header = file.read(length) if length <= MAX_HEADER else b""
+    if len(header) < length or length < 2:
+        raise BadModel(
+            f"It is incomplete ({size} of at least {8 + length} bytes) or damaged. "
+            f"{_DAMAGED}"
+        )
+    if sum(map(header.count, (b"{", b"[", b","))) > MAX_HEADER_PARTS:
+        raise BadModel(
+            f"Its header lists more tensors than a network has ({MAX_MEMBERS} at "
+            "most). Choose a checkpoint of one network."
+        )
+    try:
+        entries = json.loads(header)
+        metadata = entries.pop("__metadata__", {})
+        texts = all(type(text) is str for text in metadata.values())
+        end = 8 + length + _end_of_tensors(entries)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise BadModel(f"Its header is damaged. {_DAMAGED}") from error
+    if not texts:
+        raise BadModel(f"Its header is damaged. {_DAMAGED}")
+    if size < end:
+        raise BadModel(f"It is incomplete ({size} of {end} bytes). {_DAMAGED}")
+    if size > end:
+        raise BadModel(
+            f"It has {size - end} bytes behind its end, or is damaged. {_DAMAGED}"
+        )
+    return dict(metadata)
+
+
+def _end_of_tensors(entries: dict[str, Any]) -> int:
+    """Check each tensor's dtype, shape and place; return where the last one ends."""
+    if len(entries) > MAX_MEMBERS:
+        raise BadModel(
+            f"It holds {len(entries)} tensors, more than a network has "
+            f"({MAX_MEMBERS} at most). Choose a checkpoint of one network."
+        )
+    end = 0
+    places = []
+    for name, entry in entries.items():
+        kind, shape, (start, stop) = (
+            entry["dtype"],
+            entry["shape"],
+            entry["data_offsets"],
+        )
+        if kind not in _ITEM_SIZES:
+            raise BadModel(
+                f"Its tensor {name[:80]!r} has the unknown type {str(kind)[:20]!r}. "
+                "Save the weights as float32."
+            )
+        nbytes = _ITEM_SIZES[kind]
+        for side in shape:
+            if type(side) is not int or side < 0:
+                raise ValueError(side)
+            nbytes *= side
+        if len(name) > 500 or not name.isprintable() or stop - start != nbytes:
+            raise ValueError(name)
+        places.append((start, stop))
+    for start, stop in sorted(places):
+        if start != end:
+            raise ValueError(start)
+        end = stop
+    return end
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise BadModel(f"It is damaged ({str(error)[:200]}). {_DAMAGED}") from error
+
+
+# --- what was read -----------------------------------------------------------
+
+
+def _plain(value: Any, place: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """Return a value made of plain containers only; gather its tensors by place."""
+    if isinstance(value, dict):
+        return {
+            key: _plain(item, (*place, str(key)), tensors)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        items = [
+            _plain(item, (*place, str(i)), tensors) for i, item in enumerate(value)
+        ]
+        return items if isinstance(value, list) else tuple(items)
+    if not isinstance(value, Tensor):
+        return value
+    name = ".".join(place)
+    if name in tensors:
+        raise BadModel(f"Two of its tensors have the name {name[:80]}. {_DAMAGED}")
+    tensors[name] = value.detach()
+    return tensors[name]
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuse weights that are not finite; what an optimiser or a score holds may be."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel() or not tensor.ndim:
+            continue
+        if name.startswith("optimizer"):
+            continue
+        # Makes no temporary array of the tensor's size, as isfinite(tensor) does.
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise BadModel(
+                f"It has {count} non-finite values in {name}; its training failed. "
+                "Use an earlier checkpoint."
+            )
