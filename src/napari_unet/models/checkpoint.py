@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 
 from napari_unet.errors import BadModel
 from napari_unet.files.atomic import atomic_path
@@ -23,6 +25,23 @@ if TYPE_CHECKING:
 
 FORMAT = "napari-unet 1"
 MAX_HEADER = 1_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its model.
+
+    Parameters
+    ----------
+    config : UNetConfig
+    passport : Passport
+    sha256 : str
+        Identifies the model, as `model_sha256` does.
+    """
+
+    config: UNetConfig
+    passport: Passport
+    sha256: str
 
 
 def save_model(model: Model, path: str | Path) -> Path:
@@ -94,34 +113,71 @@ def read_model(path: str | Path) -> Model:
     """
     path = Path(path)
     checked = read_checked(path)
-    metadata, tensors = checked.metadata, checked.tensors
-    if metadata.get("format") != FORMAT or not {"config", "passport"} <= set(metadata):
-        raise BadModel(
-            f"{path.name} is not a napari-unet checkpoint (.safetensors with a "
-            "passport). Choose one that napari-unet has written."
-        )
-    try:
-        config = UNetConfig.from_dict(json.loads(metadata["config"]))
-        passport = Passport.model_validate_json(metadata["passport"])
-    except BadModel as error:
-        raise BadModel(f"{path.name} cannot be used. {error}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadModel(
-            f"The header of {path.name} is damaged or was written by a newer "
-            f"napari-unet: {_first_line(error)}. Get the file again, or update."
-        ) from error
+    header, tensors = _header(path.name, checked.metadata), checked.tensors
     # Built without memory first, so that a forged header cannot claim gigabytes.
     with torch.device("meta"):
-        network = UNet.from_config(config)
+        network = UNet.from_config(header.config)
     check_tensors(path.name, network, tensors)
-    if _digest(tensors, metadata) != metadata.get("sha256"):
+    if _digest(tensors, checked.metadata) != header.sha256:
         raise BadModel(
             f"{path.name} is damaged: its checksum does not match. Get it again."
         )
     network.load_state_dict(tensors, assign=True)
     for parameter in network.parameters():
         parameter.requires_grad_(True)
-    return Model(network.eval(), passport)
+    return Model(network.eval(), header.passport)
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what one of our files says of its model, without its weights.
+
+    Fast, for lists: whether the weights are whole is found out by `read_model`.
+
+    Parameters
+    ----------
+    path : path
+        Of the file.
+
+    Returns
+    -------
+    Header
+
+    Raises
+    ------
+    BadModel
+        If the file cannot be read or is not ours.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadModel(
+            f"{path.name} is damaged or no .safetensors file ({_first_line(error)}). "
+            "Get the file again."
+        ) from error
+    return _header(path.name, metadata)
+
+
+def _header(file: str, metadata: dict[str, str]) -> Header:
+    if metadata.get("format") != FORMAT or not {"config", "passport"} <= set(metadata):
+        raise BadModel(
+            f"{file} is not a napari-unet checkpoint (.safetensors with a "
+            "passport). Choose one that napari-unet has written."
+        )
+    try:
+        return Header(
+            UNetConfig.from_dict(json.loads(metadata["config"])),
+            Passport.model_validate_json(metadata["passport"]),
+            metadata.get("sha256", ""),
+        )
+    except BadModel as error:
+        raise BadModel(f"{file} cannot be used. {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadModel(
+            f"The header of {file} is damaged or was written by a newer "
+            f"napari-unet: {_first_line(error)}. Get the file again, or update."
+        ) from error
 
 
 def model_sha256(model: Model) -> str:
