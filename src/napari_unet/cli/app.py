@@ -21,12 +21,12 @@ from napari_unet.cli.interrupt import (
     end_interrupted,
     end_soon_when_interrupted,
 )
+from napari_unet.cli.models import models
 from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.segment import segment
 from napari_unet.cli.train import train
 from napari_unet.cli.words import one_line
 from napari_unet.errors import (
-    BadModel,
     Cancelled,
     OutOfMemory,
     UnetError,
@@ -34,8 +34,6 @@ from napari_unet.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from napari_unet.models.model import Model
 
 USAGE = 1  # exit code; the usual 2 means a bad model here
 
@@ -63,7 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
 
 
@@ -176,100 +173,3 @@ def _read_pairs(
     """Read true and predicted labels, one pair at a time."""
     for _, predicted, true in pairs:
         yield read_labels(true), read_labels(predicted)
-
-
-@models.callback()
-def _models() -> None:
-    """See which models there are and what they were trained on.
-
-    Example: napari-unet models list
-    """
-
-
-@models.command("list")
-def list_all() -> None:
-    """List the models that come with napari-unet, and your own.
-
-    Example: napari-unet models list
-    """
-    from napari_unet.models.checkpoint import read_model
-    from napari_unet.models.library import BUNDLED, library_dir, list_models
-
-    found = list_models()
-    if not found:
-        typer.echo(f"There are no models; your own would be in {library_dir()}.")
-    width = max(map(len, found), default=0)
-    for name, path in found.items():
-        try:
-            about = _summary(read_model(path))
-        except BadModel as error:
-            about = f"cannot be used: {error}"
-        whose = "bundled" if path.parent == BUNDLED else "yours"
-        typer.echo(one_line(f"{name:{width}}  {whose:7}  {about}"))
-
-
-def _summary(model: Model) -> str:
-    parts = [f"{model.ndim}D", ", ".join(_finds(model))]
-    if model.passport.pixel_size:
-        parts.append(_pixels(model.passport.pixel_size))
-    return "  ".join(parts)
-
-
-def _finds(model: Model) -> list[str]:
-    return [f"{info.name} ({info.kind})" for info in model.passport.classes[1:]]
-
-
-def _pixels(sizes: Sequence[float]) -> str:
-    return " x ".join(f"{size:.3g}" for size in sizes) + " µm"
-
-
-@models.command("info")
-def describe(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME", help="Name of a model, or the path of its file."
-        ),
-    ],
-) -> None:
-    """Say what a model finds, what it was trained on and how it is used.
-
-    Example: napari-unet models info nuclei
-    """
-    from napari_unet.models.library import load_model
-
-    for title, text in _facts(load_model(name)):
-        if text:
-            typer.echo(one_line(f"{title:15} {text}"))
-
-
-def _facts(model: Model) -> Iterator[tuple[str, str]]:
-    passport, config = model.passport, model.network.config
-    yield "Name", f"{passport.name}, version {passport.version}"
-    yield "Description", passport.description
-    yield "Finds", ", ".join(_finds(model))
-    yield "Channels", ", ".join(passport.channels)
-    yield "Pixel size", _pixels(passport.pixel_size) if passport.pixel_size else ""
-    if passport.object_diameter:
-        yield "Typical object", f"{passport.object_diameter:.3g} pixels across"
-    weights = sum(weight.numel() for weight in model.network.parameters())
-    yield (
-        "Network",
-        f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
-        f"channels at first, {weights:,} weights",
-    )
-    split = "" if passport.split_touching else "not "
-    yield (
-        "Recommended",
-        f"threshold {passport.threshold:g}, smallest object {passport.minimal_size} "
-        f"{'voxels' if config.ndim == 3 else 'pixels'}, touching objects {split}split",
-    )
-    if reason := model.inexact_reason:
-        yield "Tiles", f"the result depends a little on the tile size: {reason}"
-    for record in passport.history:
-        scores = "".join(f", {key} {value:.3g}" for key, value in record.scores.items())
-        yield (
-            "Trained",
-            f"{record.date}, {record.steps} steps on {record.data}{scores}",
-        )
-    yield "Citation", passport.citation

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
+from pydantic import ValidationError
 
-from napari_unet.errors import BadModel
-from napari_unet.models.checkpoint import read_model
+from napari_unet.errors import BadInput, BadModel, BadOutput
+from napari_unet.files.atomic import atomic_path, bad_output
+from napari_unet.models.checkpoint import read_header, read_model, save_model
+from napari_unet.models.model import Model, Passport
 
 if TYPE_CHECKING:
-    from napari_unet.models.model import Model
+    from collections.abc import Iterator, Mapping
+
 
 BUNDLED = Path(__file__).parent / "bundled"
 SUFFIX = ".safetensors"
+TRASH_DAYS = 30
+
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_REMOVED = re.compile(rf"(\d+)-(.+){re.escape(SUFFIX)}", re.DOTALL)
+_DAY = 24 * 60 * 60 * 10**9  # ns
 
 
 def data_dir() -> Path:
@@ -32,6 +47,9 @@ def library_dir() -> Path:
     return data_dir() / "models"
 
 
+# --- finding ------------------------------------------------------------------
+
+
 def list_models() -> dict[str, Path]:
     """Return the files of all models in the library by name, sorted.
 
@@ -42,6 +60,12 @@ def list_models() -> dict[str, Path]:
         if folder.is_dir():
             found |= {path.stem: path for path in folder.glob(f"*{SUFFIX}")}
     return dict(sorted(found.items()))
+
+
+def is_bundled(name: str) -> bool:
+    """Tell whether a name stands for a model that came with napari-unet."""
+    path = list_models().get(name)
+    return path is not None and path.parent == BUNDLED
 
 
 def load_model(name_or_path: str | Path) -> Model:
@@ -61,14 +85,361 @@ def load_model(name_or_path: str | Path) -> Model:
     BadModel
         If there is no such model or its file cannot be used.
     """
-    models = list_models()
-    if str(name_or_path) in models:
-        return read_model(models[str(name_or_path)])
+    path = list_models().get(str(name_or_path))
+    if path is not None:
+        return read_model(path)
     path = Path(name_or_path).expanduser()
     if not path.suffix and len(path.parts) == 1 and not path.is_file():
-        names = ", ".join(models) or "none"
-        raise BadModel(
-            f"There is no model {str(name_or_path)!r} in the library (there are: "
-            f"{names}). Name one of these or the path of a checkpoint."
-        )
+        raise _unknown(str(name_or_path), " or the path of a checkpoint")
     return read_model(path)
+
+
+def find_model(name: str) -> Path:
+    """Return the file of a model in the library.
+
+    Parameters
+    ----------
+    name : str
+        In the library.
+
+    Raises
+    ------
+    BadModel
+        If there is none of that name.
+    """
+    try:
+        return list_models()[name]
+    except KeyError:
+        raise _unknown(name) from None
+
+
+def _unknown(name: str, other: str = "") -> BadModel:
+    names = ", ".join(list_models()) or "none"
+    return BadModel(
+        f"There is no model {name!r} in the library (there are: {names}). Name one of "
+        f"these{other}."
+    )
+
+
+# --- names --------------------------------------------------------------------
+
+
+def name_problem(name: str) -> str:
+    """Say why a new model cannot be called so, "" if it can."""
+    if not name:
+        return "Give the new model a name."
+    if _FORBIDDEN.search(name) or name.startswith(".") or len(name.encode()) > 100:
+        return "The name is also a file's: use up to 100 letters, digits, '-' and '_'."
+    if name.casefold() in {known.casefold() for known in list_models()}:
+        return f"There is a model {name!r} in the library: choose another name."
+    return ""
+
+
+def plain_name(text: str) -> str:
+    """Make of any text what a model can be called, "" if nothing is left."""
+    plain = _FORBIDDEN.sub("-", text).encode(errors="replace")[:80]
+    return plain.decode(errors="ignore").strip(" .")
+
+
+def _free_name(stem: str) -> str:
+    """Return a name for what is imported, with a number if it is taken."""
+    base = name = plain_name(stem) or "imported"
+    number = 1
+    while name_problem(name):
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
+@contextmanager
+def _new_file(name: str) -> Iterator[Path]:
+    """Reserve the file of a new model; it is given back when the block fails.
+
+    Whoever asks for the same name meanwhile is refused.
+    """
+    if problem := name_problem(name):
+        raise BadInput(problem)
+    path = library_dir() / f"{name}{SUFFIX}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield path
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise bad_output(path, error) from error
+
+
+def _own_file(name: str) -> Path:
+    """Return the file of one of the user's models; the bundled ones stay."""
+    path = find_model(name)
+    if path.parent == BUNDLED:
+        raise BadInput(
+            f"{name!r} came with napari-unet and stays as it is. Export it and import "
+            "the file under another name to have one of your own."
+        )
+    return path
+
+
+# --- changing -----------------------------------------------------------------
+
+
+def import_model(path: str | Path, name: str | None = None) -> str:
+    """Copy a model into the library.
+
+    Parameters
+    ----------
+    path : path
+        Any file that `load_model` reads. It is not changed.
+    name : str, optional
+        In the library; by default that of the file, with a number if it is taken.
+
+    Returns
+    -------
+    str
+        The name that it got.
+
+    Raises
+    ------
+    BadModel
+        If the file cannot be used.
+    BadInput
+        If the name cannot be used or is taken.
+    BadOutput
+        If the library cannot be written.
+    """
+    path = Path(path).expanduser()
+    if name is not None and (problem := name_problem(name)):
+        raise BadInput(problem)  # before a long look at the file
+    model = load_model(path.absolute())
+    name = name or _free_name(path.stem)
+    passport = model.passport
+    if passport.name == Passport().name:
+        passport = passport.model_copy(update={"name": name})
+    with _new_file(name) as file:
+        save_model(Model(model.network, passport), file)
+    return name
+
+
+def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Copy a model out of the library, to pass it on.
+
+    Parameters
+    ----------
+    name : str
+        In the library.
+    path : path
+        Of the file, whose suffix ``.safetensors`` is added when missing, or an
+        existing folder.
+    overwrite : bool
+        Whether a file of that name is replaced.
+
+    Returns
+    -------
+    Path
+        Where it was written.
+
+    Raises
+    ------
+    BadModel
+        If there is no such model, or its file is damaged.
+    BadOutput
+        If the file is there already or cannot be written.
+    """
+    source = find_model(name)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path /= source.name
+    elif path.suffix != SUFFIX:
+        path = path.with_name(path.name + SUFFIX)
+    folder = path.parent.resolve()
+    if folder in (BUNDLED.resolve(), library_dir().resolve()):
+        raise BadOutput(f"{folder} is the library itself; choose another folder.")
+    if path.exists() and not overwrite:
+        raise BadOutput(
+            f"{path} exists already; choose another name, or replace it (--overwrite)."
+        )
+    read_model(source)  # what is passed on is whole
+    with atomic_path(path) as temporary:
+        shutil.copyfile(source, temporary)
+    return path
+
+
+def rename_model(name: str, new: str) -> None:
+    """Give a model of the user another name in the library.
+
+    Parameters
+    ----------
+    name : str
+        That it has.
+    new : str
+        That it gets.
+
+    Raises
+    ------
+    BadModel
+        If there is no such model.
+    BadInput
+        If it is a bundled one, or the new name cannot be used or is taken.
+    BadOutput
+        If the library cannot be written.
+    """
+    path = _own_file(name)
+    if new.casefold() == name.casefold() and new not in list_models():
+        _move(path, path.with_name(f"{new}{SUFFIX}"))  # other capitals, same file
+        return
+    with _new_file(new) as file:
+        _move(path, file)
+
+
+def correct_model(name: str, facts: Mapping[str, Any]) -> None:
+    """Correct what the passport of one of the user's models says.
+
+    Parameters
+    ----------
+    name : str
+        In the library.
+    facts : mapping
+        Fields of `Passport` with their new values.
+
+    Raises
+    ------
+    BadModel
+        If there is no such model, its file is damaged, or the number of classes,
+        channels or pixel sizes is not that of its network.
+    BadInput
+        If it is a bundled one, or a value cannot be.
+    BadOutput
+        If the file cannot be written; it is as before.
+    """
+    path = _own_file(name)
+    before, model = read_header(path), read_model(path)
+    former = (*before.passport.former_sha256, before.sha256)
+    try:
+        passport = Passport.model_validate(
+            before.passport.model_dump() | dict(facts) | {"former_sha256": former}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    unchanged = {"former_sha256": before.passport.former_sha256}
+    if passport.model_copy(update=unchanged) != before.passport:
+        save_model(Model(model.network, passport), path)
+
+
+# --- the trash ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A model in the trash.
+
+    Parameters
+    ----------
+    name : str
+        That it had.
+    path : Path
+    time_ns : int
+        When it was removed.
+    """
+
+    name: str
+    path: Path
+    time_ns: int
+
+    @property
+    def kept_until(self) -> date:
+        """The day after which a later removal deletes it for good."""
+        return date.fromtimestamp((self.time_ns + TRASH_DAYS * _DAY) / 1e9)
+
+
+def remove_model(name: str) -> Removed:
+    """Move one of the user's models to the trash of the library.
+
+    What has been there for longer than `TRASH_DAYS` is then deleted for good.
+
+    Parameters
+    ----------
+    name : str
+        In the library.
+
+    Returns
+    -------
+    Removed
+
+    Raises
+    ------
+    BadModel
+        If there is no such model.
+    BadInput
+        If it is a bundled one.
+    BadOutput
+        If the library cannot be written.
+    """
+    path, now = _own_file(name), time.time_ns()
+    removed = Removed(name, _trash_dir() / f"{now}-{name}{SUFFIX}", now)
+    try:
+        removed.path.parent.mkdir(exist_ok=True)
+        for other in _all_removed():
+            if other.time_ns < now - TRASH_DAYS * _DAY:
+                other.path.unlink(missing_ok=True)
+    except OSError as error:
+        raise bad_output(removed.path, error) from error
+    _move(path, removed.path)
+    return removed
+
+
+def restore_model(name: str) -> None:
+    """Bring a model back from the trash, the one removed last if there are several.
+
+    Parameters
+    ----------
+    name : str
+        That it had.
+
+    Raises
+    ------
+    BadModel
+        If there is none of that name in the trash.
+    BadInput
+        If another model has got its name meanwhile.
+    BadOutput
+        If the library cannot be written.
+    """
+    removed = list_removed()
+    if name not in removed:
+        names = ", ".join(removed) or "none"
+        raise BadModel(
+            f"There is no removed model {name!r} (there are: {names}). Name one of "
+            "these."
+        )
+    with _new_file(name) as file:
+        _move(removed[name].path, file)
+
+
+def list_removed() -> dict[str, Removed]:
+    """Return what is in the trash by name, sorted; the latest of each name."""
+    return {removed.name: removed for removed in _all_removed()}
+
+
+def _trash_dir() -> Path:
+    return library_dir() / "trash"
+
+
+def _all_removed() -> list[Removed]:
+    """Return all that is in the trash by name, the latest of a name last."""
+    found = [
+        Removed(match[2], path, int(match[1]))
+        for path in _trash_dir().glob(f"*{SUFFIX}")
+        if (match := _REMOVED.fullmatch(path.name))
+    ]
+    return sorted(found, key=lambda removed: (removed.name, removed.time_ns))
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        raise bad_output(target, error) from error

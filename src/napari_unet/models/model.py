@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.normalize import Normalization
@@ -111,6 +117,9 @@ class Passport(_Record):
     library_versions : dict of str to str
     thumbnail : str
         A small PNG, base64.
+    former_sha256 : tuple of str
+        What `model_sha256` was before facts of this passport were corrected, so that
+        the models fine-tuned from it still find their parent.
     """
 
     name: str = "unnamed"
@@ -131,6 +140,14 @@ class Passport(_Record):
     history: tuple[TrainingRecord, ...] = ()
     library_versions: dict[str, str] = Field(default_factory=dict)
     thumbnail: str = ""
+    former_sha256: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _to_dict(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        told: dict[str, Any] = dump(self)
+        if not told.get("former_sha256"):  # the hashes of older files stay the same
+            told.pop("former_sha256", None)
+        return told
 
 
 _COLORS = ("#000000", "#4daf4a", "#e41a1c", "#377eb8", "#ff7f00", "#984ea3")

@@ -339,6 +339,7 @@ def _finish_steps(
         "object_diameter": diameter,
         "intensity_range": (low, high),
         "history": (*passport.history, record),
+        "former_sha256": (),  # those of the parent
         "library_versions": {library: version(library) for library in _LIBRARIES},
     }
     return Model(network.eval(), passport.model_copy(update=changes))

@@ -20,6 +20,7 @@ from napari_unet.models.library import (
     library_dir,
     list_models,
     load_model,
+    plain_name,
 )
 from napari_unet.models.model import Model
 from napari_unet.steps import ChildSteps, Progress, in_child
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from napari_unet.training.settings import TrainingSettings
 
     Child = ChildSteps[TrainingStep, View | None, Path]
-
-_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
 
 def trainings_dir() -> Path:
@@ -262,20 +261,9 @@ def taken_names() -> set[str]:
 def free_name(base: str) -> str:
     """Propose a name for the model that is made of another one."""
     taken = taken_names()
-    stem = re.sub(r"-mine(-\d+)?$", "", _FORBIDDEN.sub("-", base)).strip(" .") or "new"
+    stem = re.sub(r"-mine(-\d+)?$", "", plain_name(base)) or "new"
     name, number = f"{stem}-mine", 1
     while name.casefold() in taken:
         number += 1
         name = f"{stem}-mine-{number}"
     return name
-
-
-def name_problem(name: str) -> str:
-    """Say why a model cannot be called so, "" if it can."""
-    if not name:
-        return "Give the new model a name."
-    if _FORBIDDEN.search(name) or name.startswith(".") or len(name.encode()) > 100:
-        return "The name is also a file's: use up to 100 letters, digits, '-' and '_'."
-    if name.casefold() in {known.casefold() for known in list_models()}:
-        return f"There is a model {name!r} in the library: choose another name."
-    return ""

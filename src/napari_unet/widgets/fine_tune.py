@@ -11,6 +11,7 @@ from napari.utils.notifications import show_error
 from qtpy.QtWidgets import QLineEdit
 
 from napari_unet.errors import UnetError
+from napari_unet.models.library import name_problem
 from napari_unet.widgets import _pairs, _session
 from napari_unet.widgets._annotations import AnnotationPanel
 from napari_unet.widgets._autosave import Choices, Contents
@@ -23,7 +24,6 @@ from napari_unet.widgets._survey import Surveyor
 from napari_unet.widgets._training import (
     Begin,
     free_name,
-    name_problem,
     taken_names,
 )
 from napari_unet.widgets._weights import WeightMap

@@ -1,0 +1,115 @@
+"""What a model finds, needs and learnt from, in words for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from napari_unet.models.model import Model
+from napari_unet.network.unet import UNet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from napari_unet.models.checkpoint import Header
+    from napari_unet.models.model import Passport, TrainingRecord
+    from napari_unet.models.normalize import Normalization
+
+# Those of the bundled models and of fine-tuning.
+_SCORES = {
+    "held_out_ap50": "AP50",
+    "held_out_f1_50": "F1",
+    "held_out_mean_ap": "mean AP",
+    "held_out_dice": "Dice",
+    "F1@0.5": "F1",
+}
+
+
+def summary(header: Header) -> str:
+    """Say in some words what a model finds."""
+    passport = header.passport
+    parts = [f"{header.config.ndim}D", ", ".join(_finds(passport))]
+    if passport.pixel_size:
+        parts.append(pixels(passport.pixel_size))
+    return "  ".join(parts)
+
+
+def facts(header: Header) -> Iterator[tuple[str, str]]:
+    """Say what is known of a model.
+
+    Parameters
+    ----------
+    header : Header
+        Of its file.
+
+    Yields
+    ------
+    title, text : str
+        What is not known is left out.
+    """
+    passport, config = header.passport, header.config
+    known = {
+        "Name": f"{passport.name}, version {passport.version}",
+        "Description": passport.description,
+        "Finds": ", ".join(_finds(passport)),
+        "Channels": ", ".join(passport.channels),
+        "Pixel size": pixels(passport.pixel_size) if passport.pixel_size else "",
+        "Typical object": f"{passport.object_diameter:.3g} pixels across"
+        if passport.object_diameter
+        else "",
+        "Intensities": _intensities(passport.normalization),
+    }
+    with torch.device("meta"):  # without memory
+        model = Model(UNet.from_config(config), passport)
+    weights = sum(weight.numel() for weight in model.network.parameters())
+    known["Network"] = (
+        f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
+        f"channels at first, {weights:,} weights"
+    )
+    split = "" if passport.split_touching else "not "
+    known["Recommended"] = (
+        f"threshold {passport.threshold:g}, smallest object {passport.minimal_size} "
+        f"{'voxels' if config.ndim == 3 else 'pixels'}, touching objects {split}split"
+    )
+    if reason := model.inexact_reason:
+        known["Tiles"] = f"the result depends a little on the tile size: {reason}"
+    yield from ((title, text) for title, text in known.items() if text)
+    for record in passport.history:
+        yield "Trained", _training(record)
+    if passport.citation:
+        yield "Citation", passport.citation
+
+
+def pixels(sizes: Sequence[float]) -> str:
+    """Write pixel sizes with their unit."""
+    return " x ".join(f"{size:.3g}" for size in sizes) + " µm"
+
+
+def _finds(passport: Passport) -> list[str]:
+    return [f"{info.name} ({info.kind})" for info in passport.classes[1:]]
+
+
+def _intensities(how: Normalization) -> str:
+    if how.method == "mean_std":
+        text = "brought to mean 0 and standard deviation 1"
+    elif how.method == "fixed":
+        text = f"grey values {how.lower:g} to {how.upper:g} become 0 to 1"
+    else:
+        text = f"percentiles {how.lower:g} to {how.upper:g} become 0 to 1"
+    parts = [text, "of each plane" if how.scope == "plane" else ""]
+    parts.append("all channels together" if how.joint_channels else "")
+    return ", ".join(part for part in parts if part)
+
+
+def _training(record: TrainingRecord) -> str:
+    """Say what it learnt from and how its scores changed."""
+    scores = []
+    for key, value in record.scores.items():
+        if key.startswith("old "):
+            continue
+        old = record.scores.get(f"old {key}")
+        before = "" if old is None else f"{old:.3g} → "
+        scores.append(f"{_SCORES.get(key, key)} {before}{value:.3g}")
+    text = f"{record.date}, {record.steps} steps on {record.data}"
+    return f"{text}; held-out scores: {', '.join(scores)}" if scores else text
