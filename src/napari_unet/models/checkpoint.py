@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 FORMAT = "napari-unet 1"
 MAX_HEADER = 1_000_000  # bytes
+_OUR_KEYS = {
+    "config",
+    "passport",
+    "sha256",
+}  # any: a damaged file of ours is not foreign
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def save_model(model: Model, path: str | Path) -> Path:
 
 
 def read_model(path: str | Path) -> Model:
-    """Read a model from one of our ``.safetensors`` files.
+    """Read a model from one of our ``.safetensors`` files, or a known foreign one.
 
     Nothing in the file is executed. Beyond what `read_checked` looks at, the known
     keys and the tensors' names, shapes and hash are checked.
@@ -109,10 +114,14 @@ def read_model(path: str | Path) -> Model:
     Raises
     ------
     BadModel
-        If the file is missing, broken, incomplete or not ours.
+        If the file is missing, broken or incomplete, or its network is not known.
     """
     path = Path(path)
     checked = read_checked(path)
+    if not _OUR_KEYS & checked.metadata.keys():
+        from napari_unet.models.foreign import import_model  # which needs this module
+
+        return import_model(path, checked)
     header, tensors = _header(path.name, checked.metadata), checked.tensors
     # Built without memory first, so that a forged header cannot claim gigabytes.
     with torch.device("meta"):
@@ -153,8 +162,8 @@ def read_header(path: str | Path) -> Header:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise BadModel(
-            f"{path.name} is damaged or no .safetensors file ({_first_line(error)}). "
-            "Get the file again."
+            f"{path.name} is not a napari-unet checkpoint, or damaged "
+            f"({_first_line(error)}). Get the file again."
         ) from error
     return _header(path.name, metadata)
 
