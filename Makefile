@@ -11,7 +11,7 @@ demo: setup
 	@bash .ci/display .venv/bin/python -m napari_unet.widgets.demo
 
 test: setup
-	@bash .ci/display .venv/bin/python -m pytest $(ARGS)
+	@bash .ci/display .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: setup
 	@bash .ci/display .venv/bin/python -m pytest -m slow $(ARGS)
