@@ -207,6 +207,13 @@ def test_wrappers(name, container, tmp_path):
     )
 
 
+def test_layers_beside_the_network_are_mentioned():
+    state = {f"unet.{n}": t for n, t in Milesial(1, 2).state_dict().items()}
+    state |= {"judge.0.weight": torch.ones(2, 3), "judge.2.weight": torch.ones(2, 2)}
+    description = recognise(state).passport.description
+    assert "2 other layers in the file are not used." in description
+
+
 def test_safetensors_of_others(tmp_path):
     network = randomise(Milesial(1, 2))
     path = tmp_path / "theirs.safetensors"

@@ -89,15 +89,17 @@ def recognise(tensors: Mapping[str, Tensor]) -> Model:
     for prefix, layers in copies:
         for attempt in _attempts_by_name(layers):
             if attempt.config is not None:
-                return _model(attempt, prefix)
+                return _model(attempt, prefix, _count_others(layers, copies))
             if closest is None or attempt.matched > closest.matched:
                 closest = attempt
     for prefix, layers in copies:
+        if _count_others(layers, copies):
+            continue  # a part of something larger may have the shape of a U-Net, too
         for layout in arrangements(layers):
             config = infer_config(layout, SHAPE_ONLY)
             if config is not None:
                 attempt = _Attempt(SHAPE_ONLY, layout, config, len(layers))
-                return _model(attempt, prefix)
+                return _model(attempt, prefix, 0)
     raise _not_recognised(closest)
 
 
@@ -147,6 +149,15 @@ def _networks(tensors: Mapping[str, Tensor]) -> list[tuple[str, dict[str, Layer]
         )
         for prefix in prefixes
     ]
+
+
+def _count_others(
+    layers: dict[str, Layer], copies: list[tuple[str, dict[str, Layer]]]
+) -> int:
+    """Count the layers of the file that belong to no copy of this network."""
+    everything = max(len(inside) for _, inside in copies)
+    same = sum(inside.keys() == layers.keys() for _, inside in copies)
+    return everything - same * len(layers)
 
 
 def _is_convolution(layer: Layer) -> bool:
@@ -261,7 +272,7 @@ class _Blocks:
         ]
 
 
-def _model(attempt: _Attempt, prefix: str) -> Model:
+def _model(attempt: _Attempt, prefix: str, others: int) -> Model:
     family, config = attempt.family, attempt.config
     assert attempt.layout is not None
     assert config is not None
@@ -269,13 +280,15 @@ def _model(attempt: _Attempt, prefix: str) -> Model:
     passport = default_passport(network).model_copy(
         update={
             "normalization": family.normalization,
-            "description": _description(attempt, config, prefix),
+            "description": _description(attempt, config, prefix, others),
         }
     )
     return Model(network, passport)
 
 
-def _description(attempt: _Attempt, config: UNetConfig, prefix: str) -> str:
+def _description(
+    attempt: _Attempt, config: UNetConfig, prefix: str, others: int
+) -> str:
     """Say what was recognised on what grounds, and what is not known."""
     family = attempt.family
     sentences = [f"Imported: {family.title}, {_summary(config)}."]
@@ -283,6 +296,8 @@ def _description(attempt: _Attempt, config: UNetConfig, prefix: str) -> str:
         sentences.append(f"By its definition, {family.known}.")
     if _AVERAGED.search(prefix):
         sentences.append(f"Of several copies the averaged one, {prefix[:-1]}, is used.")
+    if others:
+        sentences.append(f"{others} other layers in the file are not used.")
     unknown = ["pixel size", "names of the classes"]
     if family.normalization == Normalization():
         unknown.append("normalisation of the images (percentiles are taken)")

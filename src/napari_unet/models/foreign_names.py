@@ -15,6 +15,7 @@ Role = Literal["encoder", "bridge", "bottleneck", "up", "decoder", "head"]
 
 _EIGHT_BIT = Normalization(method="fixed", lower=0, upper=255)
 _STANDARD = Normalization(method="mean_std")
+_LEAST_TO_GREATEST = Normalization(lower=0, upper=100)
 _JOINT_STANDARD = Normalization(method="mean_std", joint_channels=True)
 
 
@@ -125,7 +126,10 @@ FAMILIES = (
             decoder decode_<L>.conv.conv_block.<I>
             head segment
         """),
+        _LEAST_TO_GREATEST,
         known="skip connections are added and the norm follows the activation",
+        unknown="how its training images were normalised; the least and greatest grey "
+        "values as 0 and 1 suit its model of nuclei best",
         skips="add",
         decodes_before_up=True,
     ),
