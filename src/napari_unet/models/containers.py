@@ -218,8 +218,9 @@ def _check_names(members: list[zipfile.ZipInfo]) -> str:
         if name.lower() in seen:  # torch finds members without regard to case
             raise BadModel(f"Its member {name[:80]!r} is there twice. {_DAMAGED}")
         seen.add(name.lower())
-        known = {"data.pkl", *_NOTES, "/".join(["data", *parts[2:]])}
-        if not name.startswith(root) or name.removeprefix(root) not in known:
+        inside = name.removeprefix(root)
+        known = inside in ("data.pkl", *_NOTES) or inside.startswith("data/")
+        if not name.startswith(root) or not known:
             raise BadModel(
                 f"It holds {name[:80]!r}, which torch.save does not write. Choose a "
                 "checkpoint that torch.save wrote."

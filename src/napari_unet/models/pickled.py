@@ -13,13 +13,16 @@ import io
 import pickle
 import pickletools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from napari_unet.errors import BadModel
 
-MAX_INSTRUCTIONS = 300_000  # a checkpoint of 1000 tensors and its optimiser has 150,000
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_INSTRUCTIONS = 250_000  # 3000 tensors, as of 1000 and their optimiser, have 130,000
 MAX_DEPTH = 32  # of nested containers
-MAX_VALUES = 300_000  # with those counted again that are referred to again
+MAX_VALUES = 50_000  # with those counted again that are referred to again
 MAX_SHARED = 4  # times a storage's values may be part of some tensor
 MAX_NDIM = 16
 
@@ -56,6 +59,20 @@ _KNOWN = {*_STORAGES, *_DTYPES, *_MAPPINGS, *_TENSORS, *_FACTS, _PARAMETER}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MEMO = {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"}
+_FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+_OTHER = {"PROTO", "MARK", "TUPLE", "EMPTY_DICT", "EMPTY_LIST", "SHORT_BINSTRING"}
+_CALLS = {"GLOBAL", "REDUCE", "BINPERSID", "STOP"}
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_INSTRUCTIONS = {
+    *_CONSTANTS,
+    *_ARGUMENTS,
+    *_TUPLES,
+    *_MEMO,
+    *_FILLING,
+    *_OTHER,
+    *_CALLS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +139,8 @@ def follow_pickle(content: bytes, start: int = 0) -> Followed:
     stream.seek(start)
     steps = 0
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            machine.step(opcode.name, argument)
+        for name, argument in _instructions(stream):
+            machine.step(name, argument)
             steps += 1
             if steps > MAX_INSTRUCTIONS:
                 raise BadModel(
@@ -146,6 +163,30 @@ def follow_pickle(content: bytes, start: int = 0) -> Followed:
         )
     _check_values(tree)
     return Followed(tree, machine.storages, stream.tell())
+
+
+def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the argument of every instruction, up to STOP.
+
+    No argument of an instruction that is not known is read.
+    """
+    name = ""
+    while name != "STOP":
+        opcode = _OPCODES[stream.read(1).decode("latin-1")]
+        name = opcode.name
+        if name not in _INSTRUCTIONS:
+            raise BadModel(
+                f"It uses the pickle instruction {name}, which weights do not need and "
+                f"which can run programs. {_SAVE_AGAIN}"
+            )
+        argument = None
+        if name == "GLOBAL":
+            lines = [stream.readline() for _ in range(2)]
+            _expect(lines[1].endswith(b"\n"))
+            argument = [line[:-1].decode() for line in lines]
+        elif opcode.arg:
+            argument = opcode.arg.reader(stream)
+        yield name, argument
 
 
 class _Machine:
@@ -177,7 +218,7 @@ class _Machine:
             self._below.append(self._stack)
             self._stack = []
         elif name == "GLOBAL":
-            push(_known(argument))
+            push(_known(*argument))
         elif name == "REDUCE":
             arguments = self.pop()
             push(self._call(self.pop(), arguments))
@@ -212,12 +253,7 @@ class _Machine:
         elif name == "SHORT_BINSTRING":
             _expect(argument.isascii())
             self._stack.append(argument)
-        elif name != "PROTO":
-            raise BadModel(
-                f"It uses the pickle instruction {name}, which weights do not need and "
-                f"which can run programs. {_SAVE_AGAIN}"
-            )
-        elif argument != 2:
+        elif argument != 2:  # of PROTO
             raise BadModel(
                 f"It was saved with pickle protocol {argument}, which cannot be read "
                 "safely. Save it again with torch.save's own protocol."
@@ -313,10 +349,10 @@ class _Machine:
         return TensorView(storage, shape)
 
 
-def _known(name: str) -> _Name:
-    """Return the name of a global, given as "module name", if weights need it."""
-    path = name.replace(" ", ".")
-    if path in _KNOWN and name.count(" ") == 1:
+def _known(module: str, name: str) -> _Name:
+    """Return the name of a function or type, if it is one that weights need."""
+    path = f"{module}.{name}"
+    if path in _KNOWN:
         return _Name(path)
     shown = path if path.isprintable() else ascii(path)
     if path.startswith(("numpy.", "_codecs.")):
@@ -370,8 +406,8 @@ def _check_values(tree: Any) -> None:
         seen += 1
         if depth > MAX_DEPTH or seen + len(waiting) > MAX_VALUES:
             raise BadModel(
-                "Its values are nested too deeply or refer to each other too often "
-                f"for a network. {_SAVE_AGAIN}"
+                "Its values are too many or nested too deeply for a network "
+                f"({MAX_VALUES} values, {MAX_DEPTH} levels at most). {_SAVE_AGAIN}"
             )
         kind = type(value)
         if kind is dict:

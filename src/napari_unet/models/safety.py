@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -135,6 +136,8 @@ def _read(path: Path, file: BinaryIO) -> CheckedFile:
         content = _load_torch(file)
     tensors: dict[str, Tensor] = {}
     tree = _plain(content, (), tensors)
+    if not tensors:
+        raise BadModel("It holds no tensors. Choose a checkpoint of a network.")
     _check_finite(tensors)
     return CheckedFile(tensors, tree, kind, metadata)
 
@@ -219,7 +222,7 @@ def _load_torch(file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         # All checks passed, yet a second reader that trusts nothing says no.
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = re.split(r"\n|  \(", str(error).strip())[0][:200]
         raise BadModel(
             f"torch refuses to read it safely ({reason}). If you trust where it came "
             "from, load it in Python and save the weights alone: "
