@@ -1,9 +1,11 @@
 """Import: every family gives the outputs of its own definition."""
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -202,7 +204,7 @@ def test_wrappers(name, container, tmp_path):
     with torch.inference_mode():
         difference = (model.network(image) - network(image)).abs().max()
     assert difference < (0.1 if name == "half precision" else 1e-5)
-    assert ("averaged one" in model.passport.description) == (
+    assert ("averaged copy" in model.passport.description) == (
         name in ("last and averaged", "averaged in one dict")
     )
 
@@ -309,6 +311,37 @@ def test_no_more_than_five_differences_are_listed():
 def test_what_is_no_unet(state):
     with pytest.raises(BadModel, match=r"train a new\s+model"):
         recognise(state)
+
+
+def test_far_too_many_layers_are_not_looked_at():
+    state = {f"a{n}.b{n}.weight": torch.ones(1, 1, 3, 3) for n in range(3000)}
+    with pytest.raises(BadModel, match="3000 layers"):
+        recognise(state)
+
+
+@pytest.mark.parametrize("name", ["milesial-bilinear", "torch-em-batch", "segmentify"])
+def test_whatever_is_wrong_is_told_in_words(name):
+    """Lost, renamed and reshaped tensors end in `BadModel`, or in a network."""
+    state = CASES[name].make().state_dict()
+    names = list(state)
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        wrong = dict(state)
+        for key in random.choice(names, random.integers(1, 4), replace=False):
+            tensor = wrong.pop(key)
+            shape = random.integers(0, 9, random.integers(0, 6)).tolist()
+            match random.integers(5):
+                case 0:
+                    wrong[key] = torch.zeros(shape)
+                case 1:
+                    wrong[key] = tensor.to(torch.int32)
+                case 2:
+                    wrong[key.replace("1", "2")] = tensor
+                case 3:
+                    wrong[key] = tensor[..., None]
+        with contextlib.suppress(BadModel):
+            model = recognise(wrong)
+            model.network(torch.zeros(1, model.network.config.in_channels, 16, 16))
 
 
 def test_group_norms_are_not_guessed():

@@ -119,9 +119,9 @@ def read_model(path: str | Path) -> Model:
     path = Path(path)
     checked = read_checked(path)
     if not _OUR_KEYS & checked.metadata.keys():
-        from napari_unet.models.foreign import import_model  # which needs this module
+        from napari_unet.models.foreign import import_checked  # which needs this module
 
-        return import_model(path, checked)
+        return import_checked(path, checked)
     header, tensors = _header(path.name, checked.metadata), checked.tensors
     # Built without memory first, so that a forged header cannot claim gigabytes.
     with torch.device("meta"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from napari_unet.errors import BadModel
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from napari_unet.network.unet import NormPlace, UNetConfig
 
 _FEWEST = 4  # convolutions of the smallest U-Net: three blocks of one and the head
+_MOST = 2000  # layers of a file; the largest U-Net has about 300
 _NO_LAYER = re.compile(r"(^|\.)(loss|criterion|metric)", re.IGNORECASE)
-_AVERAGED = re.compile(r"ema|average|shadow|swa", re.IGNORECASE)
+_AVERAGED = re.compile(r"(^|[._])(ema|averaged?|avg|shadow|swa)([._]|$)", re.IGNORECASE)
 
 
-def import_model(path: Path, checked: CheckedFile) -> Model:
+def import_checked(path: Path, checked: CheckedFile) -> Model:
     """Make a model of a checkpoint that another program wrote.
 
     Its network is recognised by the names of its layers, else by their shapes alone.
@@ -123,10 +125,18 @@ def _networks(tensors: Mapping[str, Tensor]) -> list[tuple[str, dict[str, Layer]
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         # Optimisers, counters and losses hold tensors, too.
-        if kind.startswith(("weight", "bias", "running_", "num_b")):
-            if not _NO_LAYER.search(layer):
-                floats = tensor.is_floating_point()
-                layers[layer][kind] = tensor.float() if floats else tensor
+        if _NO_LAYER.search(layer):
+            continue
+        if kind == "num_batches_tracked":
+            layers[layer][kind] = tensor
+        elif kind.startswith(("weight", "bias", "running_")):
+            if tensor.is_floating_point():
+                layers[layer][kind] = tensor.float()
+    if len(layers) > _MOST:
+        raise BadModel(
+            f"It has {len(layers)} layers, which no U-Net has. Choose the checkpoint "
+            "of a U-Net."
+        )
     prefixes = [""]
     for prefix in prefixes:  # grows on the way
         counts: dict[str, int] = defaultdict(int)
@@ -179,62 +189,72 @@ _Place = tuple[int, str]  # in a block, and the name of the layer
 def _arrange(layers: dict[str, Layer], family: Family) -> _Attempt:
     """Put layers into their places by their names."""
     found: dict[Role, dict[int, list[_Place]]] = defaultdict(lambda: defaultdict(list))
-    unknown = []
+    attempt = _Attempt(family, None)
     for name in layers:
         matches = ((role, pattern.fullmatch(name)) for role, pattern in family.layers)
         role, match = next(((r, m) for r, m in matches if m), (None, None))
         if role is None or match is None:
-            unknown.append(name)
+            attempt.differences.append(f"unexpected {name}")
             continue
+        attempt.matched += 1
         groups = match.groupdict()
         place = int(groups.get("i") or 0), name
         found[role][int(groups.get("l") or 0)].append(place)
-    attempt = _Attempt(family, None, matched=len(layers) - len(unknown))
-    missing = [
-        f"no {role}" for role in ("encoder", "decoder", "head") if not found[role]
-    ]
-    attempt.differences = missing + [f"unexpected {name}" for name in unknown]
-    if attempt.differences:
-        return attempt
-    blocks = _Blocks(layers, family)
-    encoder = [blocks.read(found["encoder"][n]) for n in sorted(found["encoder"])]
-    steps = sorted(found["decoder"])
-    decoder = [blocks.read(found["decoder"][n]) for n in steps]
-    bottom = [blocks.read(one) for one in found["bottleneck"].values()]
-    if blocks.differences or not all([*encoder, *decoder, *bottom]):
-        attempt.differences = blocks.differences or ["blocks without convolutions"]
-        return attempt
-    inputs = [layers[block[0].name]["weight"].shape[1] for block in decoder]
+        if role in ("head", "up", "bridge") and not _is_convolution(layers[name]):
+            attempt.differences.append(f"no convolution {name}")
+    missing = [role for role in ("encoder", "decoder", "head") if not found[role]]
+    attempt.differences = [f"no {role}" for role in missing] + attempt.differences
+    if not attempt.differences:
+        blocks = _Blocks(layers, family)
+        read = {
+            role: {n: blocks.read(places) for n, places in found[role].items()}
+            for role in ("encoder", "bottleneck", "decoder")
+        }
+        attempt.differences = blocks.differences
+        if not attempt.differences:
+            attempt.layout = _layout(attempt, found, read, blocks)
+    return attempt
+
+
+def _layout(
+    attempt: _Attempt,
+    found: dict[Role, dict[int, list[_Place]]],
+    read: dict[str, dict[int, list[Convolution]]],
+    blocks: _Blocks,
+) -> Layout | None:
+    """Bring the blocks into the order in which they run."""
+    family = attempt.family
+    encoder = [read["encoder"][n] for n in sorted(read["encoder"])]
+    bottom = list(read["bottleneck"].values())
+    steps = sorted(read["decoder"])
+    inputs = [blocks.inputs(read["decoder"][n]) for n in steps]
     if inputs[0] < inputs[-1]:  # counted from the finest level
-        steps, decoder = steps[::-1], decoder[::-1]
+        steps = steps[::-1]
+    decoder = [read["decoder"][n] for n in steps]
     ups = [found["up"][n][0][1] if n in found["up"] else None for n in steps]
     if family.decodes_before_up:
         bottom, decoder = decoder[:1], [*decoder[1:], []]
     elif not bottom:
         bottom = [encoder.pop()]
-    if (
-        len(bottom) != 1
-        or len(encoder) != len(decoder)
-        or set(found["up"]) - set(steps)
-    ):
+    is_u = len(bottom) == 1 and len(encoder) == len(decoder)
+    if not is_u or not encoder or found["up"].keys() - set(steps):
         attempt.differences = [
-            f"{len(encoder)} encoder levels, but {len(decoder)} decoder levels, "
-            f"{len(found['up'])} upsamplings and {len(bottom)} bottlenecks"
+            f"a U of {len(encoder)} encoder levels, {len(bottom)} bottlenecks, "
+            f"{len(found['up'])} upsamplings and {len(decoder)} decoder levels"
         ]
-        return attempt
-    bridges = [name for place in found["bridge"].values() for _, name in place]
-    attempt.layout = Layout(
-        layers=layers,
+        return None
+    bridges = [name for places in found["bridge"].values() for _, name in places]
+    return Layout(
+        layers=blocks.layers,
         encoder=encoder,
         bottleneck=bottom[0],
         ups=ups,
         decoder=decoder,
-        head=next(iter(found["head"].values()))[0][1],
+        head=found["head"][0][0][1],
         bridge=bridges[0] if bridges else None,
         norm_place=blocks.norm_place,
         silent_norm=blocks.has_silent_norm,
     )
-    return attempt
 
 
 class _Blocks:
@@ -245,31 +265,43 @@ class _Blocks:
         self.norm_place: NormPlace = family.norm_place
         self.has_silent_norm = False
         self.differences: list[str] = []
+        self._offsets: set[int] = set()
+
+    def inputs(self, block: list[Convolution]) -> int:
+        """Return the channels that a block takes."""
+        return self.layers[block[0].name]["weight"].shape[1]
 
     def read(self, places: list[_Place]) -> list[Convolution]:
         """Return the convolutions of a block in their order, with their norms."""
         places = sorted(places)
         convs = [p for p in places if _is_convolution(self.layers[p[1]])]
         norms = [p for p in places if p not in convs]
-        if norms and len(norms) != len(convs):
-            first = norms[0][1]
-            self.differences.append(f"{len(norms)} norms like {first} in a block")
+        if not convs or (norms and len(norms) != len(convs)):
+            self.differences.append(
+                f"a block of {len(convs)} convolutions and {len(norms)} norms at "
+                f"{places[0][1]}"
+            )
             return []
-        if not norms:
-            if self.family.silent_norm and convs and convs[0][0] == 1:
-                self.has_silent_norm, self.norm_place = True, "before_convolution"
-            return [Convolution(name) for _, name in convs]
-        offset = norms[0][0] - convs[0][0]
+        if norms:
+            offsets = {n - c for (n, _), (c, _) in zip(norms, convs, strict=True)}
+            self._tell_place(offsets, norms[0][1])
+        elif self.family.silent_norm and convs[0][0] == 1:
+            self.has_silent_norm, self.norm_place = True, "before_convolution"
+        return [
+            Convolution(name, norm[1] if norm else None)
+            for (_, name), norm in zip_longest(convs, norms)
+        ]
+
+    def _tell_place(self, offsets: set[int], name: str) -> None:
+        """Tell by its number where a norm runs; 0 if names have no numbers."""
+        self._offsets |= offsets
+        if len(self._offsets) > 1:
+            self.differences.append(f"a norm in another place than others, {name}")
+        offset = max(offsets)
         if offset < 0:
             self.norm_place = "before_convolution"
-        elif offset > 1:
-            self.norm_place = "after_activation"
-        elif offset == 1:
-            self.norm_place = "before_activation"
-        return [
-            Convolution(conv, norm)
-            for (_, conv), (_, norm) in zip(convs, norms, strict=True)
-        ]
+        elif offset:
+            self.norm_place = "before_activation" if offset == 1 else "after_activation"
 
 
 def _model(attempt: _Attempt, prefix: str, others: int) -> Model:
@@ -295,7 +327,7 @@ def _description(
     if family.known:
         sentences.append(f"By its definition, {family.known}.")
     if _AVERAGED.search(prefix):
-        sentences.append(f"Of several copies the averaged one, {prefix[:-1]}, is used.")
+        sentences.append(f"The averaged copy of the weights, {prefix[:-1]}, is used.")
     if others:
         sentences.append(f"{others} other layers in the file are not used.")
     unknown = ["pixel size", "names of the classes"]
@@ -328,5 +360,5 @@ def _not_recognised(closest: _Attempt | None) -> BadModel:
     more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
     return BadModel(
         f"It comes closest to {closest.family.title}: {closest.matched} layers are "
-        f"as expected, but there is {'; '.join(differences[:5])}{more}. {advice}"
+        f"as expected, but not all: {'; '.join(differences[:5])}{more}. {advice}"
     )

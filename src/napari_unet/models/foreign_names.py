@@ -232,6 +232,7 @@ FAMILIES = (
             decoder decoder.<L>.<I>
             head head
         """),
-        unknown="whether its convolutions were padded; padding is taken for granted",
+        unknown="whether its convolutions were padded (it is taken for granted) and "
+        "whether 1x1 upsamplings unpool (they are taken to interpolate)",
     ),
 )

@@ -186,9 +186,9 @@ class _Walk:
     def _lengths(self, name: str, channels: int) -> None:
         """Check all tensors of a layer but the kernels of convolutions."""
         for kind, tensor in self.layout.layers[name].items():
-            if tensor.ndim and kind != "num_batches_tracked":
-                right = kind == "weight" and tensor.ndim == self.ndim + 2
-                if not right and tuple(tensor.shape) != (channels,):
+            if kind != "num_batches_tracked":
+                is_kernel = kind == "weight" and tensor.ndim == self.ndim + 2
+                if not is_kernel and tuple(tensor.shape) != (channels,):
                     shape = tuple(tensor.shape)
                     self._problem(f"{name}.{kind} is {shape}, not ({channels},)")
 
