@@ -25,7 +25,7 @@ def crops(shared_data, tmp_path_factory):
         (folder / "isbi2012_em" / kind).mkdir(parents=True)
         for path in sorted((shared_data / "isbi2012_em" / kind).glob("*.png")):
             target = folder / "isbi2012_em" / kind / path.name
-            imsave(target, imread(path)[:48, :48], check_contrast=False)
+            imsave(target, imread(path)[:32, :32], check_contrast=False)
     return folder
 
 
