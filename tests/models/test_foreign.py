@@ -344,6 +344,16 @@ def test_whatever_is_wrong_is_told_in_words(name):
             model.network(torch.zeros(1, model.network.config.in_channels, 16, 16))
 
 
+def test_other_kinds_of_networks_are_called_by_their_name():
+    state = {
+        "encoder.conv1.weight": torch.ones(64, 3, 7, 7),
+        "decoder.blocks.0.conv1.0.weight": torch.ones(256, 768, 3, 3),
+        "segmentation_head.0.weight": torch.ones(1, 16, 3, 3),
+    }
+    with pytest.raises(BadModel, match="network of segmentation_models_pytorch"):
+        recognise({f"state_dict.{name}": tensor for name, tensor in state.items()})
+
+
 def test_group_norms_are_not_guessed():
     state = TorchEM(2, "BatchNorm").state_dict()
     state = {n: t for n, t in state.items() if "running" not in n and "num" not in n}

@@ -84,3 +84,14 @@ def test_fine_tuning(make, channels):
         )
     ]
     assert any(changed)
+
+
+def test_a_frozen_encoder_includes_the_bridge():
+    image = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    labels = np.zeros((64, 64), np.uint8)
+    labels[8:30, 8:30] = 1
+    model = recognise(randomise(Segmentify(1, 2)).state_dict())
+    settings = TrainingSettings(steps=2, batch_size=1, freeze_encoder=True)
+    better = fine_tune(model, [Annotation(image, labels)], settings).network
+    assert torch.equal(better.bridge.weight, model.network.bridge.weight)
+    assert not torch.equal(better.head.weight, model.network.head.weight)

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from napari_unet.errors import BadModel
-from napari_unet.models.foreign_names import FAMILIES, Family, Role
+from napari_unet.models.foreign_names import FAMILIES, OTHERS, Family, Role
 from napari_unet.models.foreign_shapes import SHAPE_ONLY, arrangements
 from napari_unet.models.layout import (
     Convolution,
@@ -102,7 +102,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> Model:
             if config is not None:
                 attempt = _Attempt(SHAPE_ONLY, layout, config, len(layers))
                 return _model(attempt, prefix, 0)
-    raise _not_recognised(closest)
+    raise _not_recognised(closest, tensors)
 
 
 @dataclass
@@ -349,11 +349,16 @@ def _summary(config: UNetConfig) -> str:
     )
 
 
-def _not_recognised(closest: _Attempt | None) -> BadModel:
+def _not_recognised(
+    closest: _Attempt | None, tensors: Mapping[str, Tensor]
+) -> BadModel:
     advice = (
         "Import a U-Net of a supported family (docs/checkpoints.md), or train a new "
         "model here."
     )
+    for part, program in OTHERS.items():
+        if any(part in name for name in tensors):
+            return BadModel(f"It is a network of {program}, no plain U-Net. {advice}")
     if closest is None or not closest.matched:
         return BadModel(f"None of its layers is known from a U-Net. {advice}")
     differences = closest.differences

@@ -236,3 +236,11 @@ FAMILIES = (
         "whether 1x1 upsamplings unpool (they are taken to interpolate)",
     ),
 )
+
+# Parts of names by which networks of another kind are told.
+OTHERS = {
+    "segmentation_head.0": "segmentation_models_pytorch",
+    "decoder.seg_layers.": "nnU-Net",
+    "downsample.down.res_down_": "Cellpose",
+    "image_encoder.": "Segment Anything",
+}

@@ -99,7 +99,9 @@ class Training:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._frozen = []
         if settings.freeze_encoder:
-            self._frozen = [self.network.encoder, self.network.bottleneck]
+            parts = dict(self.network.named_children())
+            names = ("encoder", "bridge", "bottleneck")
+            self._frozen = [parts[name] for name in names if name in parts]
         for part in self._frozen:
             part.requires_grad_(False)
         self._weights = [w for w in self.network.parameters() if w.requires_grad]
