@@ -3,12 +3,15 @@
 import contextlib
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from originals import (
     Buda,
     Classic,
@@ -26,7 +29,7 @@ from napari_unet.errors import BadModel
 from napari_unet.models.checkpoint import read_model, save_model
 from napari_unet.models.foreign import recognise
 from napari_unet.models.library import load_model
-from napari_unet.network.unet import UNet
+from napari_unet.network.unet import UNet, UNetConfig
 
 
 def randomise(network, seed=0):
@@ -152,6 +155,32 @@ def test_shuffled_names_mean_the_same(name):
     image = torch.randn(1, model.network.config.in_channels, *CASES[name].sizes[0])
     with torch.inference_mode():
         assert torch.equal(model.network(image), recognise(state).network(image))
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_configuration_is_read_off_the_shapes(data):
+    options = {
+        "in_channels": st.integers(1, 4),
+        "num_classes": st.integers(1, 5),
+        "depth": st.integers(1, 4),
+        "base_channels": st.integers(1, 5),
+        "convs_per_level": st.integers(1, 3),
+        "upsampling": st.sampled_from(["transposed", "nearest", "bilinear"]),
+        "norm": st.sampled_from(["batch", None]),
+        "norm_place": st.sampled_from(
+            ["before_activation", "after_activation", "before_convolution"]
+        ),
+        "ndim": st.sampled_from([2, 3]),
+    }
+    config = UNetConfig(**{name: data.draw(it, name) for name, it in options.items()})
+    if config.norm is None:
+        config = replace(config, norm_place="before_activation")
+    network = UNet.from_config(config).eval()
+    found = recognise(network.state_dict()).network
+    assert found.config == config
+    state = found.state_dict()
+    assert all(torch.equal(state[n], t) for n, t in network.state_dict().items())
 
 
 def ema_of(state):
