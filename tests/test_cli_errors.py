@@ -111,10 +111,13 @@ def test_bad_request(fails, arguments, sentence):
     [
         ("nothing", "There is no model 'nothing' in the library"),
         ("none.pt", "Cannot read the checkpoint none.pt: No such file"),
-        ("bytes.pt", "bytes.pt is not a napari-unet checkpoint"),
-        ("cut.safetensors", "cut.safetensors is incomplete ("),
-        ("nan.safetensors", "nan.safetensors has 1 non-finite values in "),
-        ("good.tif", "good.tif is not a napari-unet checkpoint"),
+        ("bytes.pt", "bytes.pt cannot be used. It is not a napari-unet checkpoint"),
+        ("cut.safetensors", "cut.safetensors cannot be used. It is incomplete ("),
+        (
+            "nan.safetensors",
+            "nan.safetensors cannot be used. It has 1 non-finite values in ",
+        ),
+        ("good.tif", "good.tif cannot be used. It is not a napari-unet checkpoint"),
     ],
 )
 def test_bad_model(fails, name, sentence):
