@@ -72,7 +72,7 @@ def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 EXPECTED = {
-    "widgets": ["Segment", "Fine-tune", "Batch"],
+    "widgets": ["Segment", "Fine-tune", "Batch", "Models"],
     "menus": ["napari/layers/segment"],
     "samples": ["nuclei", "timelapse", "membrane", "nuclei3d"],
     "layers": ["image", "labels"],

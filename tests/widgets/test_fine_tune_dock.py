@@ -33,6 +33,7 @@ from napari_unet.training.weight_map import border_weight_map, cut_gaps
 from napari_unet.widgets import _project
 from napari_unet.widgets._session import Session, recall
 from napari_unet.widgets.fine_tune import FineTuneWidget
+from napari_unet.widgets.models import ModelsWidget
 
 
 def test_paint_box_train_use_segment(tune_desk, monkeypatch):
@@ -289,12 +290,16 @@ def test_layers_may_change_meanwhile(tune_desk, change):
 
 def test_keep_old_leaves_the_model(tune_desk):
     on = tune_desk()
+    models = ModelsWidget(on.viewer, on.session)
+    on.viewer.window.add_dock_widget(models, name="Models")
     on.add_cells()
     on.annotate()
     on.dock._options.steps.value = 2
     base = on.session.model
     on.train()
     on.wait_for_end()
+    row = models._tree._find(("model", "weak-mine"))
+    assert row.parent().text(0) == "weak"
     assert on.dock._learning.outcome.keep.isEnabled()
     on.dock._learning.outcome.keep.click()
     assert on.session.model is base

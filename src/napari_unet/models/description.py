@@ -46,7 +46,7 @@ def facts(header: Header) -> Iterator[tuple[str, str]]:
     Yields
     ------
     title, text : str
-        What is not known is left out.
+        What is not known is left out. The last training comes first.
     """
     passport, config = header.passport, header.config
     known = {
@@ -75,7 +75,7 @@ def facts(header: Header) -> Iterator[tuple[str, str]]:
     if reason := model.inexact_reason:
         known["Tiles"] = f"the result depends a little on the tile size: {reason}"
     yield from ((title, text) for title, text in known.items() if text)
-    for record in passport.history:
+    for record in reversed(passport.history):
         yield "Trained", _training(record)
     if passport.citation:
         yield "Citation", passport.citation

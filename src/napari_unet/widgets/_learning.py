@@ -175,6 +175,7 @@ class Learning(QWidget):
     def _on_result(self, model: Model) -> None:
         self._new = model
         self.outcome.offer(model)
+        self._session.library_changed.emit("", self._name)
         minutes, seconds = divmod(int(self.job.seconds), 60)
         words = f"Done in {minutes}:{seconds:02d}. {self._name!r} is in the library."
         self.say(" ".join([words, *self._notes]))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from napari_unet.widgets._session import Session
 
 
+CHECKPOINTS = "Checkpoints (*.safetensors *.pt *.pth *.ckpt);;All files (*)"
 NEW_NETWORKS = {"new network, 2D": 2, "new network, 3D": 3}
 
 
@@ -69,6 +70,7 @@ class ModelChooser(QWidget):
         self.loaded = ""  # name or path of the model in the session
         self._list = narrow(_List(self._refill))
         self._list.setToolTip("The network that finds the objects.")
+        self._list.setPlaceholderText("choose a model")
         browse = QToolButton()
         browse.setText("…")
         browse.setToolTip("Open checkpoint…")
@@ -79,8 +81,11 @@ class ModelChooser(QWidget):
         self._files: list[str] = []  # outside of the library
         self._offer_new = offer_new
         self._fill(session.source or wanted)
+        if self._list.currentIndex() < 0:
+            self._list.setCurrentIndex(0)
         self.loaded = session.source
         session.events.model.connect(self._on_session)
+        session.library_changed.connect(self._on_library)
         self._list.activated.connect(lambda _: self._load())
         browse.clicked.connect(self._browse)
 
@@ -140,14 +145,12 @@ class ModelChooser(QWidget):
             self._add(
                 text, "", "Learns from nothing but your annotations; takes longer."
             )
-        self._list.setCurrentIndex(max(self._list.findData(wanted), 0))
+        # The data of a new network is "", too.
+        self._list.setCurrentIndex(self._list.findData(wanted) if wanted else -1)
 
     def _refill(self) -> None:
         """List the library as it is now; what is chosen stays."""
-        text = self._list.currentText()
-        self._fill(self.chosen)
-        if not self.chosen:
-            self._list.setCurrentText(text)
+        self._follow("", "")
 
     @while_alive
     def _on_session(self, model: Model) -> None:
@@ -157,15 +160,33 @@ class ModelChooser(QWidget):
             if not self.loading or self.chosen == self.loading:
                 self._fill(self.loaded)
 
+    @while_alive
+    def _on_library(self, old: str, new: str) -> None:
+        """List the library anew after a model was added, renamed or removed."""
+        if old and self.loaded == old:
+            self.loaded = new
+        if old and new and self.loading == old:
+            self.loading = new
+        self.loaded = self.loaded or self._session.source  # brought back
+        self._follow(old, new)
+        self._on_change()
+
+    def _follow(self, old: str, new: str) -> None:
+        """Choose again what is chosen, by its new name if it was renamed."""
+        chosen, text = self.chosen, self._list.currentText()
+        if text in NEW_NETWORKS and not chosen:
+            self._fill("")
+            self._list.setCurrentText(text)
+        else:
+            self._fill(new if old and chosen == old else chosen or self.loaded)
+
     def _add(self, text: str, key: str, tooltip: str) -> None:
         self._list.addItem(text, key)
         last = self._list.count() - 1
         self._list.setItemData(last, tooltip, Qt.ItemDataRole.ToolTipRole)
 
     def _browse(self) -> None:
-        path, _ = QFileDialog.getOpenFileName(
-            self, "Open checkpoint", "", "Checkpoints (*.safetensors);;All files (*)"
-        )
+        path, _ = QFileDialog.getOpenFileName(self, "Open checkpoint", "", CHECKPOINTS)
         if path:
             self.open_checkpoint(path)
 
@@ -203,8 +224,6 @@ class ModelChooser(QWidget):
             self._files.remove(self.loading)
         wanted = self.loaded if self.chosen == self.loading else self.chosen
         self._fill(wanted)
-        if not wanted:  # the model in the session has no name here
-            self._list.setCurrentIndex(-1)
 
     @while_alive
     def _on_finished(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import platformdirs
-from psygnal import SignalGroupDescriptor
+from psygnal import Signal, SignalGroupDescriptor
 
 from napari_unet.errors import BadOutput
 from napari_unet.files.atomic import atomic_path
@@ -26,11 +26,15 @@ class Session:
     Set it on the main thread only: slots run in the thread that sets it. `source` is
     the name or path it was loaded from, if any; set it before the model. `objects` is
     how the user has objects made now, as keywords of `ObjectSettings`, by model.
+
+    `library_changed` tells the former and the new name of a model in the library: ""
+    and a name when it was added, a name and "" when it was removed.
     """
 
     events: ClassVar[SignalGroupDescriptor] = SignalGroupDescriptor(
         warn_on_no_fields=False
     )
+    library_changed: ClassVar = Signal(str, str)
     model: Model | None = None
     source: str = ""
     is_segmenting: bool = False
@@ -84,3 +88,34 @@ def remember(dock: str, values: Mapping[str, Any]) -> None:
             Path(temporary).write_text(content, "utf-8")
     except (OSError, BadOutput):
         return  # a read-only home must not stop the work
+
+
+def follow_rename(session: Session, old: str, new: str) -> None:
+    """Let the docks and what they remember follow a model to its new name.
+
+    Parameters
+    ----------
+    session : Session
+        Of the docks.
+    old : str
+        Its name before.
+    new : str
+        Its name now.
+    """
+
+    def renamed(objects: Mapping[str, Any]) -> dict[str, Any]:
+        return {new if name == old else name: mine for name, mine in objects.items()}
+
+    for dock in ("Segment", "Fine-tune", "Batch"):
+        values = recall(dock)
+        followed = dict(values)
+        if values.get("model") == old:
+            followed["model"] = new
+        if old in values.get("objects", {}):
+            followed["objects"] = renamed(values["objects"])
+        if followed != values:
+            remember(dock, followed)
+    session.objects = renamed(session.objects)
+    if session.source == old:
+        session.source = new
+    session.library_changed.emit(old, new)

@@ -1,0 +1,422 @@
+"""The Models dock: the library, what its models are, and what can be done to them."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from napari.utils.notifications import show_error
+from qtpy.QtCore import QBuffer, QByteArray, Qt, QTimer
+from qtpy.QtGui import QImageReader, QPixmap
+from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QLabel, QPushButton, QSizePolicy
+from superqt import QCollapsible
+
+from napari_unet.errors import BadModel, UnetError
+from napari_unet.models.description import facts
+from napari_unet.models.family import family_trees, read_entry
+from napari_unet.models.library import (
+    correct_model,
+    export_model,
+    find_model,
+    import_model,
+    is_bundled,
+    list_removed,
+    load_model,
+    remove_model,
+    rename_model,
+    restore_model,
+)
+from napari_unet.steps import Progress
+from napari_unet.widgets import _session
+from napari_unet.widgets._dock import Dock, heading, text_label, while_alive
+from napari_unet.widgets._model_chooser import CHECKPOINTS
+from napari_unet.widgets._models_facts import FactsForm
+from napari_unet.widgets._models_tree import ModelTree
+from napari_unet.widgets._worker import start_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    import napari.viewer
+    from qtpy.QtGui import QShowEvent
+
+    from napari_unet.models.family import Entry
+    from napari_unet.models.model import Model
+
+NAME = "Models"
+THUMBNAIL = 64  # pixels on the screen
+_MAX_PICTURE = 1024  # pixels that a thumbnail may have at most
+
+
+class ModelsWidget(Dock):
+    """Look at models, choose one, bring others in, name and remove them.
+
+    Parameters
+    ----------
+    viewer : napari.viewer.Viewer
+        Not needed; napari gives it to every dock.
+    session : Session, optional
+        The model shared with the other docks.
+    """
+
+    def __init__(
+        self,
+        viewer: napari.viewer.Viewer,
+        session: _session.Session = _session.session,
+    ):
+        super().__init__()
+        self._session = session
+        self._entry: Entry | None = None  # that is shown
+        self._busy = ""  # what is being done
+        self._undo: Callable[[], None] | None = None
+        self._build()
+        session.events.model.connect(self._on_session)
+        session.library_changed.connect(self._on_session)
+        self.refresh(session.source)
+
+    # --- building -------------------------------------------------------------
+
+    def _build(self) -> None:
+        self._tree = ModelTree(self._on_choice, self._rename)
+        self.column.addWidget(self._tree)
+        self._import = QPushButton("Import…")
+        self._export = QPushButton("Export…")
+        self._name = QPushButton("Rename")
+        self._remove = QPushButton("Remove")
+        row = QHBoxLayout()
+        for button in (self._import, self._export, self._name, self._remove):
+            button.setMinimumWidth(0)
+            button.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+            row.addWidget(button)
+        self.column.addLayout(row)
+        self._use = QPushButton("Use")
+        self._use.setMinimumHeight(36)
+        font = self._use.font()
+        font.setBold(True)
+        self._use.setFont(font)
+        self.column.addWidget(self._use)
+        self.column.addLayout(self._status_row())
+        self._heading = heading("")
+        self.column.addWidget(self._heading)
+        self._picture = QLabel()
+        self._picture.setToolTip("What it finds in an image of its training.")
+        self.column.addWidget(self._picture)
+        self._passport = text_label()
+        self._passport.setTextFormat(Qt.TextFormat.RichText)
+        self.column.addWidget(self._passport)
+        self._form = FactsForm(self._correct)
+        self._fold = QCollapsible("Facts")
+        self._fold.setToolTip("Tell what the file of an imported model does not say.")
+        self._fold.addWidget(self._form)
+        self.column.addWidget(self._fold)
+        self.column.addStretch(1)
+        self._use.clicked.connect(lambda: self._load(self._tree.chosen))
+        self._import.clicked.connect(lambda: self._browse_import())
+        self._export.clicked.connect(lambda: self._browse_export())
+        self._name.clicked.connect(lambda: self._tree.edit_name())
+        self._remove.clicked.connect(lambda: self._remove_or_restore())
+
+    def _status_row(self) -> QHBoxLayout:
+        self._status = text_label(lines=2)
+        self._undo_button = QPushButton("Undo")
+        policy = self._undo_button.sizePolicy()
+        policy.setRetainSizeWhenHidden(True)
+        self._undo_button.setSizePolicy(policy)
+        self._undo_button.clicked.connect(lambda: self._take_back())
+        self._say("Choose a model: Use hands it to the other docks.")
+        row = QHBoxLayout()
+        row.addWidget(self._status, stretch=1)
+        row.addWidget(self._undo_button, alignment=Qt.AlignmentFlag.AlignTop)
+        return row
+
+    # --- showing --------------------------------------------------------------
+
+    def showEvent(self, event: QShowEvent | None) -> None:
+        """Other programs may have changed the library meanwhile."""
+        super().showEvent(event)
+        self.refresh()
+
+    def refresh(self, wanted: str = "") -> None:
+        """Show the library as it is now.
+
+        Parameters
+        ----------
+        wanted : str
+            The model to choose; by default the one that is chosen.
+        """
+        self._tree.fill(family_trees(), list_removed(), self._session.source, wanted)
+        self._on_choice()
+
+    @while_alive
+    def _on_session(self, *_: object) -> None:
+        self.refresh()
+
+    def _on_choice(self) -> None:
+        """Show what is known of the chosen model."""
+        name, removed = self._tree.chosen, self._tree.chosen_removed
+        entry = None
+        try:
+            if removed:
+                entry = read_entry(removed, list_removed()[removed].path)
+            elif name:
+                entry = read_entry(name, find_model(name))
+        except (BadModel, KeyError):  # it has gone meanwhile
+            entry = None
+        if entry != self._entry:  # what was typed into the form stays
+            self._entry = entry
+            self._show(entry)
+        self._refresh_buttons()
+
+    def _show(self, entry: Entry | None) -> None:
+        header = None if entry is None else entry.header
+        caption = self._heading.findChild(QLabel)
+        caption.setText("" if entry is None else entry.name)
+        picture = None if header is None else _picture(header.passport.thumbnail)
+        self._picture.setVisible(picture is not None)
+        self._picture.setPixmap(picture or QPixmap())
+        if entry is not None and header is None:
+            self._passport.setText(escape(f"⚠ {entry.problem}"))
+        else:
+            self._passport.setText("" if header is None else _table(facts(header)))
+        self._form.show_facts(header, self._why_not_changed())
+        QTimer.singleShot(0, self._fit_fold)
+
+    @while_alive
+    def _fit_fold(self) -> None:
+        """Give the form the height that it needs, once Qt knows it."""
+        if self._fold.isExpanded():
+            self._fold.expand(animate=False)
+
+    def _why_not_changed(self) -> str:
+        """Say why the chosen model cannot be renamed, removed or corrected."""
+        if self._busy:
+            return self._busy
+        if self._tree.chosen_removed:
+            return "It was removed: restore it first."
+        name = self._tree.chosen
+        if not name:
+            return "No model is chosen."
+        return "It came with napari-unet and stays as it is." * is_bundled(name)
+
+    def _refresh_buttons(self) -> None:
+        name, entry = self._tree.chosen, self._entry
+        missing = self._busy or ("" if name else "Choose a model of the library.")
+        broken = "" if entry is None else entry.problem
+        in_use = name and name == self._session.source
+        _enable(
+            self._use,
+            missing or broken or ("It is in use." if in_use else ""),
+            "Segment, Fine-tune and Batch go on with it.",
+        )
+        _enable(self._import, self._busy, "Copy a checkpoint into the library.")
+        _enable(
+            self._export, missing or broken, "Save it as a file, to pass it on or keep."
+        )
+        why_not = self._why_not_changed()
+        _enable(self._name, why_not, "Type another name for it in the list (F2).")
+        if self._tree.chosen_removed:
+            self._remove.setText("Restore")
+            _enable(self._remove, self._busy, "Bring it back into the library.")
+        else:
+            self._remove.setText("Remove")
+            tip = "Put it into the trash of the library, which keeps it for 30 days."
+            _enable(self._remove, why_not, tip)
+        self._form.set_why_not(why_not or broken)
+        self._undo_button.setVisible(self._undo is not None and not self._busy)
+
+    # --- what takes time ------------------------------------------------------
+
+    def _load(self, name: str) -> None:
+        def show(model: Model) -> None:
+            self._session.source = name
+            self._session.model = model
+            self._say(f"{name!r} is used now, also in the other docks.")
+            self.refresh(name)
+
+        self._work(f"Loading {name!r}", lambda: load_model(name), show)
+
+    def import_file(self, path: str) -> None:
+        """Copy a checkpoint into the library.
+
+        Parameters
+        ----------
+        path : str
+            Of the file.
+        """
+
+        def show(name: str) -> None:
+            self._session.library_changed.emit("", name)
+            self.refresh(name)
+            self._say(f"{Path(path).name} is in the library as {name!r}.")
+            entry = self._entry
+            if entry is not None and entry.header is not None:
+                if not entry.header.passport.history:  # nobody has told of it
+                    self._fold.expand(animate=False)
+                    self._say(
+                        f"{name!r} is in the library. Check its facts below: they are "
+                        "guesses where the file does not tell."
+                    )
+
+        self._work(f"Importing {Path(path).name}", lambda: import_model(path), show)
+
+    def export_file(self, name: str, path: str) -> None:
+        """Copy a model out of the library, over a file that may be there.
+
+        Parameters
+        ----------
+        name : str
+            In the library.
+        path : str
+            Of the file.
+        """
+        self._work(
+            f"Exporting {name!r}",
+            lambda: export_model(name, path, overwrite=True),
+            lambda written: self._say(f"{name!r} was saved as {written}."),
+        )
+
+    def _correct(self, changes: dict[str, Any]) -> None:
+        name = self._tree.chosen
+
+        def show(_: None) -> None:
+            self._say(f"The facts of {name!r} are saved.")
+            if self._session.source == name:
+                self._load(name)
+            else:
+                self._session.library_changed.emit(name, name)
+
+        self._work(f"Saving {name!r}", lambda: correct_model(name, changes), show)
+
+    def _work(
+        self, title: str, work: Callable[[], Any], on_result: Callable[[Any], None]
+    ) -> None:
+        """Do something in a thread; the buttons wait until it has ended."""
+        if self._busy:
+            return
+
+        def work_steps() -> Generator[Progress, None, Any]:
+            yield Progress(0, 1, title)
+            return work()
+
+        self._busy = f"{title} …"
+        self._say(self._busy)
+        self._refresh_buttons()
+        results: list[Any] = []
+        start_worker(
+            work_steps(),
+            title=title,
+            on_progress=lambda step: None,
+            on_result=results.append,
+            on_error=self._on_error,
+            on_finished=lambda: self._end(results, on_result),
+        )
+
+    @while_alive
+    def _on_error(self, message: str) -> None:
+        self._say(message)
+
+    @while_alive
+    def _end(self, results: list[Any], on_result: Callable[[Any], None]) -> None:
+        self._busy = ""
+        for result in results:
+            on_result(result)
+        self._refresh_buttons()
+
+    # --- what is done at once -------------------------------------------------
+
+    def _browse_import(self) -> None:
+        path, _ = QFileDialog.getOpenFileName(self, "Import", "", CHECKPOINTS)
+        if path:
+            self.import_file(path)
+
+    def _browse_export(self) -> None:
+        name = self._tree.chosen
+        path, _ = QFileDialog.getSaveFileName(
+            self, "Export", f"{name}.safetensors", "Models (*.safetensors)"
+        )
+        if path:
+            self.export_file(name, path)
+
+    def _rename(self, old: str, new: str) -> None:
+        if new != old and self._try(lambda: rename_model(old, new)):
+            _session.follow_rename(self._session, old, new)
+            self._say(f"{old!r} is called {new!r} now.", lambda: self._rename(new, old))
+            self.refresh(new)
+        else:
+            self.refresh(old)
+
+    def _remove_or_restore(self) -> None:
+        if removed := self._tree.chosen_removed:
+            self._restore(removed)
+            return
+        name = self._tree.chosen
+        was_used = name == self._session.source
+        if self._try(lambda: remove_model(name)):
+            if was_used:
+                self._session.source = ""
+            self._session.library_changed.emit(name, "")
+            still = " The docks work with it until another is chosen." * was_used
+            self._say(
+                f"{name!r} is in the trash.{still}",
+                lambda: self._restore(name, use=was_used),
+            )
+        self.refresh()
+
+    def _restore(self, name: str, *, use: bool = False) -> None:
+        if self._try(lambda: restore_model(name)):
+            if use and not self._session.source:
+                self._session.source = name
+            self._session.library_changed.emit("", name)
+            self._say(f"{name!r} is back in the library.")
+        self.refresh(name)
+
+    def _try(self, change: Callable[[], object]) -> bool:
+        """Change the library, or say why it cannot be changed."""
+        try:
+            change()
+        except UnetError as error:
+            show_error(str(error))
+            self._say(str(error))
+            return False
+        return True
+
+    def _take_back(self) -> None:
+        if self._undo is not None:
+            self._undo()
+
+    def _say(self, words: str, undo: Callable[[], None] | None = None) -> None:
+        """Show a sentence as the status, with a way back if there is one."""
+        self._status.setText(words)
+        self._undo = undo
+        self._undo_button.setVisible(undo is not None)
+
+
+def _enable(button: QPushButton, why_not: str, tip: str) -> None:
+    button.setEnabled(not why_not)
+    button.setToolTip(why_not or tip)
+
+
+def _table(rows: Any) -> str:
+    cells = "".join(
+        f"<tr><td style='padding-right: 8px'><b>{escape(title)}</b></td>"
+        f"<td>{escape(text)}</td></tr>"
+        for title, text in rows
+    )
+    return f"<table>{cells}</table>"
+
+
+def _picture(thumbnail: str) -> QPixmap | None:
+    """Decode a thumbnail, which may come from anyone; None if there is none."""
+    if not thumbnail:
+        return None
+    content = QByteArray.fromBase64(thumbnail.encode(errors="replace"))
+    buffer = QBuffer(content)
+    reader = QImageReader(buffer, QByteArray(b"png"))
+    size = reader.size()
+    if not size.isValid() or max(size.width(), size.height()) > _MAX_PICTURE:
+        return None
+    size.scale(THUMBNAIL, THUMBNAIL, Qt.AspectRatioMode.KeepAspectRatio)
+    reader.setScaledSize(size)
+    image = reader.read()
+    return None if image.isNull() else QPixmap.fromImage(image)

@@ -1,0 +1,376 @@
+"""The Models dock in a real viewer: look, use, import, correct, rename, remove."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from desk import intensity_model, spots
+from PIL import Image
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QFileDialog, QLineEdit, QPushButton
+from tune_desk import weak_model
+
+from napari_unet.models.checkpoint import model_sha256, read_header, save_model
+from napari_unet.models.library import (
+    find_model,
+    library_dir,
+    list_models,
+    load_model,
+    remove_model,
+)
+from napari_unet.models.model import Model, TrainingRecord
+from napari_unet.widgets import _session
+from napari_unet.widgets._session import Session
+from napari_unet.widgets.models import ModelsWidget, _picture
+from napari_unet.widgets.segment import SegmentWidget
+
+
+class ModelsDesk:
+    """A viewer with the docks Segment and Models, used as a person would."""
+
+    def __init__(self, viewer, qtbot, session: Session):
+        self.viewer, self.qtbot, self.session = viewer, qtbot, session
+        self.segment = SegmentWidget(viewer, session)
+        self.dock = ModelsWidget(viewer, session)
+        viewer.window.add_dock_widget(self.segment, name="Segment")
+        viewer.window.add_dock_widget(self.dock, name="Models")
+        self.tree = self.dock._tree
+        self.form = self.dock._form
+
+    def button(self, text: str) -> QPushButton:
+        return next(b for b in self.dock.findChildren(QPushButton) if b.text() == text)
+
+    def click(self, text: str) -> None:
+        assert self.button(text).isEnabled(), self.button(text).toolTip()
+        self.button(text).click()
+
+    def choose(self, name: str, kind: str = "model") -> None:
+        self.tree.setCurrentItem(self.tree._find((kind, name)))
+
+    def work(self) -> None:
+        """Wait until nothing is being done."""
+        self.qtbot.waitUntil(lambda: not self.dock._busy, timeout=30_000)
+        loading = self.segment._chooser
+        self.qtbot.waitUntil(lambda: not loading.loading, timeout=30_000)
+
+    def type_name(self, new: str) -> None:
+        self.click("Rename")
+        (editor,) = self.tree.findChildren(QLineEdit)
+        editor.selectAll()
+        self.qtbot.keyClicks(editor, new)
+        before = self.status
+        self.qtbot.keyClick(editor, Qt.Key.Key_Return)
+        self.qtbot.waitUntil(lambda: self.status != before)
+
+    @property
+    def names(self) -> dict:
+        """All rows with those below them."""
+
+        def below(item):
+            rows = [item.child(i) for i in range(item.childCount())]
+            return {row.text(0): below(row) for row in rows}
+
+        return below(self.tree.invisibleRootItem())
+
+    @property
+    def status(self) -> str:
+        return self.dock._status.text()
+
+    @property
+    def passport(self) -> str:
+        return self.dock._passport.text()
+
+    @property
+    def offered(self) -> list[str]:
+        """Models in the list of Segment."""
+        models = self.segment._chooser._list
+        return [models.itemText(i) for i in range(models.count())]
+
+    @property
+    def chosen(self) -> str:
+        return self.segment._chooser.chosen
+
+
+def fine_tune(parent: str, name: str) -> None:
+    """Save a child as fine-tuning does, with its record."""
+    model = load_model(parent)
+    record = TrainingRecord(
+        date="2026-11-20",
+        data="3 annotated images",
+        steps=40,
+        scores={"F1@0.5": 0.78, "old F1@0.5": 0.61},
+        parent_sha256=model_sha256(model),
+    )
+    update = {"name": name, "history": (*model.passport.history, record)}
+    child = Model(model.network, model.passport.model_copy(update=update))
+    save_model(child, library_dir() / name)
+
+
+@pytest.fixture
+def models_desk(make_napari_viewer, qtbot):
+    """Open a viewer; the library has "bright" (in use) and "mine", made of it."""
+
+    def open_desk(**options) -> ModelsDesk:
+        library_dir().mkdir(parents=True)
+        save_model(intensity_model(), library_dir() / "bright")
+        fine_tune("bright", "mine")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of napari's own start
+            viewer = make_napari_viewer(**options)
+        desk = ModelsDesk(viewer, qtbot, Session(load_model("bright"), "bright"))
+        qtbot.wait(50)  # until it is shown
+        return desk
+
+    return open_desk
+
+
+def test_the_tree_and_the_passport(models_desk):
+    desk = models_desk()
+    assert desk.names == {"bright": {"mine": {}}, "nuclei": {}}
+    assert desk.tree.chosen == "bright"
+    assert desk.tree.currentItem().text(1) == "in use"
+    assert desk.button("Use").toolTip() == "It is in use."
+    desk.choose("mine")
+    assert "spot (objects)" in desk.passport
+    assert "F1 0.61 → 0.78" in desk.passport
+    assert "grey values 0 to 100" in desk.passport
+    desk.choose("nuclei")
+    assert "Caicedo" in desk.passport
+    assert desk.dock._picture.pixmap().width() > 0
+
+
+def test_use_hands_a_model_to_the_other_docks(models_desk):
+    desk = models_desk()
+    desk.choose("mine")
+    desk.click("Use")
+    assert not desk.button("Use").isEnabled()
+    desk.work()
+    assert desk.session.source == "mine"
+    assert desk.session.model.passport.name == "mine"
+    assert desk.chosen == "mine"
+    assert desk.status == "'mine' is used now, also in the other docks."
+
+
+def test_what_came_with_the_program_cannot_be_changed_and_says_so(models_desk):
+    desk = models_desk()
+    desk.choose("nuclei")
+    for text in ("Rename", "Remove", "Save facts"):
+        assert not desk.button(text).isEnabled()
+        assert desk.button(text).toolTip().startswith("It came with napari-unet")
+    assert not desk.tree.currentItem().flags() & Qt.ItemFlag.ItemIsEditable
+    assert desk.button("Export…").isEnabled()
+
+
+def test_rename_is_followed_by_the_docks_and_their_memory(models_desk):
+    desk = models_desk(show=True)
+    _session.remember("Segment", {"model": "bright", "objects": {"bright": {}}})
+    _session.remember("Batch", {"model": "mine"})
+    desk.session.objects = {"bright": {"threshold": 0.3}}
+    model = desk.session.model
+    desk.type_name("spots")
+    assert sorted(list_models()) == ["mine", "nuclei", "spots"]
+    assert desk.names == {"nuclei": {}, "spots": {"mine": {}}}
+    assert desk.tree.chosen == desk.chosen == desk.session.source == "spots"
+    assert desk.session.model is model
+    assert desk.session.objects == {"spots": {"threshold": 0.3}}
+    assert desk.offered == ["mine", "nuclei", "spots"]
+    assert _session.recall("Segment") == {"model": "spots", "objects": {"spots": {}}}
+    assert _session.recall("Batch") == {"model": "mine"}
+    desk.click("Undo")
+    assert sorted(list_models()) == ["bright", "mine", "nuclei"]
+    assert desk.chosen == "bright"
+
+
+def test_a_name_that_cannot_be_is_refused_in_words(models_desk):
+    desk = models_desk(show=True)
+    for name, words in (("nuclei", "There is a model 'nuclei'"), ("a/b", "The name")):
+        desk.choose("mine")
+        desk.type_name(name)
+        assert desk.status.startswith(words)
+        assert desk.names == {"bright": {"mine": {}}, "nuclei": {}}
+        assert desk.tree.chosen == "mine"
+
+
+def test_remove_and_undo(models_desk):
+    desk = models_desk()
+    model = desk.session.model
+    desk.choose("bright")
+    desk.click("Remove")
+    assert desk.names == {"mine": {}, "nuclei": {}, "Removed": {"bright": {}}}
+    assert "The docks work with it until another is chosen." in desk.status
+    assert desk.session.model is model
+    assert desk.offered == ["mine", "nuclei"]
+    assert desk.chosen == desk.session.source == ""
+    desk.click("Undo")
+    assert desk.names == {"bright": {"mine": {}}, "nuclei": {}}
+    assert desk.chosen == desk.session.source == desk.tree.chosen == "bright"
+    assert desk.session.model is model
+    assert not desk.dock._undo_button.isVisible()
+
+
+def test_a_removed_model_is_restored_from_the_list(models_desk):
+    desk = models_desk()
+    remove_model("mine")
+    desk.dock.refresh()
+    desk.choose("mine", "removed")
+    assert "spot (objects)" in desk.passport
+    assert not desk.button("Use").isEnabled()
+    desk.click("Restore")
+    assert desk.names == {"bright": {"mine": {}}, "nuclei": {}}
+    assert "mine" in desk.offered
+
+
+def test_import_and_export_through_the_dialogs(models_desk, tmp_path, monkeypatch):
+    desk = models_desk()
+    file = save_model(weak_model(), tmp_path / "from others.safetensors")
+    before = file.read_bytes()
+    monkeypatch.setattr(QFileDialog, "getOpenFileName", lambda *_: (str(file), ""))
+    desk.click("Import…")
+    desk.work()
+    assert desk.tree.chosen == "from others"
+    assert "from others" in desk.offered
+    assert "Check its facts below" in desk.status
+    assert desk.dock._fold.isExpanded()
+    assert file.read_bytes() == before
+    out = tmp_path / "out"
+    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *_: (str(out), ""))
+    desk.click("Export…")
+    desk.work()
+    written = tmp_path / "out.safetensors"
+    assert written.read_bytes() == find_model("from others").read_bytes()
+
+
+def test_a_file_that_cannot_be_imported_says_why(models_desk, tmp_path):
+    desk = models_desk()
+    (tmp_path / "notes.pt").write_text("no model")
+    desk.dock.import_file(str(tmp_path / "notes.pt"))
+    desk.work()
+    assert desk.status.startswith("notes.pt ")
+    assert sorted(list_models()) == ["bright", "mine", "nuclei"]
+    assert desk.button("Import…").isEnabled()
+
+
+def test_facts_are_saved_and_used_at_once(models_desk):
+    desk = models_desk()
+    desk.viewer.add_image(spots(64, 64))
+    assert desk.button("Save facts").toolTip() == "Nothing was changed."
+    form = desk.form
+    form._classes[0][0].setText("vesicle")
+    form._size.setValue(0.5)
+    form._method.setCurrentIndex(form._method.findData("percentile"))
+    assert (form._low.value(), form._high.value()) == (1, 99.8)
+    form._citation.setText("Me <me@example.org>, CC0")
+    desk.click("Save facts")
+    desk.work()
+    passport = read_header(find_model("bright")).passport
+    assert passport.classes[1].name == "vesicle"
+    assert passport.pixel_size == (0.5, 0.5)
+    assert passport.normalization.method == "percentile"
+    assert passport.citation == "Me <me@example.org>, CC0"
+    assert "Me &lt;me@example.org&gt;" in desk.passport
+    assert desk.session.model.passport == passport
+    assert desk.names["bright"] == {"mine": {}}
+    assert not desk.button("Save facts").isEnabled()
+
+
+def test_facts_that_cannot_be_are_not_saved(models_desk):
+    desk = models_desk()
+    form = desk.form
+    form._low.setValue(300)
+    assert "second must be the larger" in form.save.toolTip()
+    form._method.setCurrentIndex(form._method.findData("percentile"))
+    form._high.setValue(101)
+    assert form.save.toolTip() == "Percentiles lie between 0 and 100."
+    assert not form.save.isEnabled()
+
+
+def test_facts_of_volumes(models_desk):
+    desk = models_desk()
+    save_model(intensity_model(2, ndim=3), library_dir() / "volumes")
+    desk.dock.refresh("volumes")
+    form = desk.form
+    form._size.setValue(0.25)
+    assert form.save.toolTip().startswith("Give both the plane distance")
+    form._depth.setValue(2)
+    form._channels[1].setText("DAPI")
+    desk.click("Save facts")
+    desk.work()
+    passport = read_header(find_model("volumes")).passport
+    assert passport.pixel_size == (2, 0.25, 0.25)
+    assert passport.channels == ("dye 1", "DAPI")
+
+
+def test_a_broken_file_is_shown_with_its_reason(models_desk):
+    desk = models_desk()
+    (library_dir() / "broken.safetensors").write_bytes(b"nothing")
+    desk.dock.refresh("broken")
+    assert desk.tree.currentItem().text(1) == "cannot be used"
+    assert desk.passport.startswith("⚠ broken.safetensors is not")
+    assert not desk.button("Use").isEnabled()
+    desk.click("Remove")
+    assert "broken" in desk.names["Removed"]
+
+
+def test_a_model_that_vanishes_is_no_trouble(models_desk):
+    desk = models_desk()
+    desk.choose("mine")
+    find_model("mine").unlink()
+    desk.click("Use")
+    desk.work()
+    assert desk.status.startswith("There is no model 'mine'")
+    assert desk.session.source == "bright"
+    desk.dock.refresh()
+    assert desk.tree.chosen == "bright"
+
+
+def test_a_library_without_any_model(models_desk, monkeypatch, tmp_path):
+    desk = models_desk()
+    shutil.rmtree(library_dir())
+    monkeypatch.setattr("napari_unet.models.library.BUNDLED", tmp_path)
+    desk.dock.refresh()
+    assert desk.names == {}
+    assert not desk.button("Use").isEnabled()
+    assert desk.button("Import…").isEnabled()
+
+
+def test_import_then_segment(models_desk, tmp_path):
+    """From a file of others to objects in the viewer."""
+    desk = models_desk()
+    desk.viewer.add_image(spots(64, 64), name="cells")
+    desk.dock.import_file(str(save_model(intensity_model(), tmp_path / "given")))
+    desk.work()
+    desk.form._classes[0][0].setText("vesicle")
+    desk.click("Save facts")
+    desk.work()
+    desk.click("Use")
+    desk.work()
+    job = desk.segment._job
+    desk.qtbot.waitUntil(job.start.isEnabled)
+    job.start.click()
+    desk.qtbot.waitUntil(lambda: "cells objects" in desk.viewer.layers, timeout=30_000)
+    assert len(np.unique(desk.viewer.layers["cells objects"].data)) == 17
+
+
+def test_removing_the_base_of_a_new_network_changes_nothing(tune_desk):
+    desk = tune_desk()
+    chooser = desk.dock._chooser
+    chooser.choose("", 3)
+    desk.session.library_changed.emit("weak", "")
+    assert chooser.new_ndim == 3
+
+
+def test_pictures_of_others_are_no_danger():
+    def png(side):
+        content = io.BytesIO()
+        Image.new("L", (side, side)).save(content, "png")
+        return base64.b64encode(content.getvalue()).decode()
+
+    assert _picture(png(96)).width() == 64
+    assert _picture(png(5000)) is None
+    for text in ("", "nonsense", "é", png(96)[:60]):
+        assert _picture(text) is None
