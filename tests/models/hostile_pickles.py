@@ -217,6 +217,17 @@ def bombs():
     tuples = b")q\0" + b"".join(
         (b"h" + bytes([i])) * 2 + b"\x86q" + bytes([i + 1]) for i in range(40)
     )
+    entries = b"".join(text(str(i)) + b"N" for i in range(40_000))
+    counters = b"ccollections\nCounter\nq\0(}q\1(" + entries + b"utR"
+    counters = b"](" + counters + b"h\0h\1\x85R" * 20_000 + b"e"
+    pairs = b"".join(text(str(i)) + b"N\x86" for i in range(40_000))
+    copies = b"ccollections\nOrderedDict\nq\0(]q\1(" + pairs + b"etR"
+    copies = b"](" + copies + b"h\0h\1\x85R" * 20_000 + b"e"
+    sizes = b"ctorch\nSize\nq\0(" + numbers([1] * 50_000) + b"q\1tR"
+    sizes = b"](" + sizes + b"h\0h\1\x85R" * 40_000 + b"e"
+    device = b"ctorch\ndevice\nq\0(" + text("a" * (8 << 20)) + b"q\1tR"
+    device = b"](" + device + b"h\0h\1\x85R" * 40_000 + b"e"
+    keys = storage(0, "k" * (8 << 20)).replace(b"X\3\0\0\0cpu", text("c"))
     crowd = b"](" + b"]" * 49_000 + b"e"
     ordered = b"](" + b"ccollections\nOrderedDict\nq\0)R" + b"h\0)R" * 49_000 + b"e"
     collisions = b"".join(number((2**61 - 1) * i) + b"N" for i in range(1, 100_000))
@@ -263,6 +274,11 @@ def bombs():
         ),
         "colliding keys": (b"}(" + collisions + b"u", DAMAGED),
         "counted tuples": (b"ccollections\nCounter\n(](" + tuples + b"etR", DAMAGED),
+        "copied counters": (counters, DAMAGED),
+        "copied mappings": (copies, DAMAGED),
+        "sizes": (sizes, DAMAGED),
+        "device": (device, DAMAGED),
+        "long key": (tensor(keys, shape=(0,)), DAMAGED),
         "many lists": (crowd, "no tensors"),
         "too many lists": (b"](" + b"]" * 60_000 + b"e", "too many or nested"),
         "many dicts": (ordered, "no tensors"),
@@ -323,6 +339,10 @@ def lies():
     yield "legacy size", legacy(good, ["0"], body.replace(b"\4", b"\3", 1)), "announced"
     big = pickle.dumps(SYSTEM | {"little_endian": False}, 2)
     yield "legacy big endian", legacy(good, ["0"], body, system=big), "big-endian"
+    long = b"\x80\x02" + b"](" + b"]" * 200_000 + b"e."
+    yield "legacy long version", legacy(good, ["0"], body, version=long), "100 steps"
+    yield "legacy long system", legacy(good, ["0"], body, system=long), "100 steps"
+    yield "legacy long keys", MAGIC + legacy(good)[15:-4] + long, "40000 steps"
     old = pickle.dumps(7, 2)
     yield "legacy version", legacy(good, ["0"], body, version=old), "unknown version"
     view = storage(tail=b"(" + text("1") + number(0) + number(4) + b"t")

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -184,6 +183,8 @@ def test_what_is_no_file(tmp_path):
         read_checked(tmp_path)
     with pytest.raises(BadModel, match=r"No such file.* Check the path\."):
         read_checked(tmp_path / "missing.pt")
+    if not hasattr(os, "mkfifo"):
+        return
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(BadModel, match=r"not a regular file.* Check the path\."):
         read_checked(tmp_path / "pipe.pt")
@@ -334,7 +335,7 @@ def test_there_is_no_second_try(monkeypatch, tmp_path):
 def test_the_size_of_a_file(monkeypatch, tmp_path):
     path = tmp_path / "huge.pt"
     with path.open("wb") as file:
-        file.write(io.BytesIO(b"PK\3\4").read())
+        file.write(b"PK\3\4")
         file.truncate(9 << 30)  # takes no space
     with pytest.raises(BadModel, match="has 9 GB, more than any U-Net"):
         read_checked(path)

@@ -10,7 +10,6 @@ what a file holds, and that all of it lies within the file, before torch reads i
 from __future__ import annotations
 
 import io
-import pickle
 import pickletools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,19 +30,16 @@ _SAVE_AGAIN = (
     "If you trust where it came from, load it in Python and save the weights alone: "
     "torch.save(model.state_dict(), 'weights.pt')."
 )
-_ITEM_SIZES = {
-    "DoubleStorage": 8,
-    "FloatStorage": 4,
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "CharStorage": 1,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
+_STORAGES = {
+    f"torch.{name}Storage": size
+    for size, names in {
+        8: "Double Long",
+        4: "Float Int",
+        2: "Half BFloat16 Short",
+        1: "Char Byte Bool",
+    }.items()
+    for name in names.split()
 }
-_STORAGES = {f"torch.{name}": size for name, size in _ITEM_SIZES.items()}
 _DTYPES = {
     f"torch.{name}"
     for name in (
@@ -59,20 +55,16 @@ _KNOWN = {*_STORAGES, *_DTYPES, *_MAPPINGS, *_TENSORS, *_FACTS, _PARAMETER}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MEMO = {"BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"}
-_FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
-_OTHER = {"PROTO", "MARK", "TUPLE", "EMPTY_DICT", "EMPTY_LIST", "SHORT_BINSTRING"}
-_CALLS = {"GLOBAL", "REDUCE", "BINPERSID", "STOP"}
-_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _INSTRUCTIONS = {
     *_CONSTANTS,
     *_ARGUMENTS,
     *_TUPLES,
-    *_MEMO,
-    *_FILLING,
-    *_OTHER,
-    *_CALLS,
+    *"PROTO MARK TUPLE EMPTY_DICT EMPTY_LIST SHORT_BINSTRING".split(),
+    *"APPEND APPENDS SETITEM SETITEMS BUILD".split(),
+    *"BINPUT LONG_BINPUT BINGET LONG_BINGET".split(),
+    *"GLOBAL REDUCE BINPERSID".split(),
 }
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +105,9 @@ class Followed:
     end: int
 
 
-def follow_pickle(content: bytes, start: int = 0) -> Followed:
+def follow_pickle(
+    content: bytes, start: int = 0, most: int = MAX_INSTRUCTIONS
+) -> Followed:
     """Find out what a pickle makes, without making it.
 
     Parameters
@@ -122,6 +116,8 @@ def follow_pickle(content: bytes, start: int = 0) -> Followed:
         May go on behind the pickle.
     start : int
         Where the pickle starts.
+    most : int
+        Instructions to follow.
 
     Returns
     -------
@@ -137,30 +133,20 @@ def follow_pickle(content: bytes, start: int = 0) -> Followed:
     machine = _Machine()
     stream = io.BytesIO(content)
     stream.seek(start)
-    steps = 0
     try:
-        for name, argument in _instructions(stream):
-            machine.step(name, argument)
-            steps += 1
-            if steps > MAX_INSTRUCTIONS:
+        for steps, (name, argument) in enumerate(_instructions(stream)):
+            if steps >= most:
                 raise BadModel(
                     "It holds more values than a network has (its description takes "
-                    f"more than {MAX_INSTRUCTIONS} steps). {_SAVE_AGAIN}"
+                    f"more than {most} steps). {_SAVE_AGAIN}"
                 )
+            machine.step(name, argument)
         tree = machine.pop()
     # pickletools raises ValueError for what it cannot parse; the rest comes of
     # instructions that do not fit the stack.
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise BadModel(f"Its description is incomplete or damaged. {_DAMAGED}") from (
-            error
-        )
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        problem = f"Its description is incomplete or damaged. {_DAMAGED}"
+        raise BadModel(problem) from error
     _check_values(tree)
     return Followed(tree, machine.storages, stream.tell())
 
@@ -170,9 +156,7 @@ def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
 
     No argument of an instruction that is not known is read.
     """
-    name = ""
-    while name != "STOP":
-        opcode = _OPCODES[stream.read(1).decode("latin-1")]
+    while (opcode := _OPCODES[stream.read(1).decode("latin-1")]).name != "STOP":
         name = opcode.name
         if name not in _INSTRUCTIONS:
             raise BadModel(
@@ -195,6 +179,7 @@ class _Machine:
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
         self._shown: dict[str, int] = {}
+        self._copied = 0
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -224,8 +209,6 @@ class _Machine:
             push(self._call(self.pop(), arguments))
         elif name == "BINPERSID":
             push(self._storage(self.pop()))
-        elif name == "STOP":
-            pass
         else:
             self._fill(name, argument)
 
@@ -281,14 +264,28 @@ class _Machine:
             _expect(type(view) is TensorView and hooks == {})
             return view
         if path in _MAPPINGS:
-            return _mapping(path, *arguments)
+            return self._mapping(path, *arguments)
         if path == "torch.Size":
             (sizes,) = arguments
-            _expect(type(sizes) in (tuple, list) and all(map(_is_count, sizes)))
-            return tuple(sizes)
+            _expect(_is_shape(sizes))
+            return sizes
         _expect(path == "torch.device" and 1 <= len(arguments) <= 2)
-        _expect(type(arguments[0]) is str and all(map(_is_count, arguments[1:])))
-        return ":".join(map(str, arguments))
+        _expect(_is_word(arguments[0]) and all(map(_is_count, arguments[1:])))
+        return arguments[0]
+
+    def _mapping(self, path: str, content: Any = ()) -> dict[Any, Any]:
+        """Return what ``OrderedDict(pairs)`` or ``Counter(dict)`` makes."""
+        # The same content could be copied again and again.
+        self._copied += len(content)
+        _expect(self._copied <= MAX_VALUES)
+        if path == "collections.Counter":
+            _expect(not content or type(content) is dict)
+            return dict(content)
+        mapping: dict[Any, Any] = {}
+        for pair in content:
+            _expect(type(pair) in (tuple, list) and len(pair) == 2)
+            _set_items(mapping, list(pair))
+        return mapping
 
     def _storage(self, reference: Any) -> Storage:
         """Return the storage that a persistent id refers to."""
@@ -300,7 +297,7 @@ class _Machine:
             )
         kind, name, key, location, count, *view = reference
         _expect(kind == "storage" and type(name) is _Name and name.path in _STORAGES)
-        _expect(type(key) is str and type(location) is str and _is_count(count))
+        _expect(_is_word(key) and _is_word(location) and _is_count(count))
         if view not in ([], [None]):
             raise BadModel(
                 "It was written by a torch before 0.4, whose shared tensors cannot be "
@@ -312,19 +309,11 @@ class _Machine:
         return storage
 
     def _tensor(
-        self,
-        path: str,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        stride: Any,
-        *rest: Any,
+        self, path: str, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any
     ) -> TensorView:
         """Return a tensor after checking that it lies within its storage."""
         _expect(type(storage) is Storage and _is_count(offset))
-        for numbers in (shape, stride):
-            _expect(type(numbers) is tuple and all(map(_is_count, numbers)))
-        _expect(len(shape) == len(stride) <= MAX_NDIM)
+        _expect(_is_shape(shape) and _is_shape(stride) and len(shape) == len(stride))
         if path.endswith("_v2"):
             grad, hooks = rest
             _expect(type(grad) is bool and hooks == {})
@@ -358,8 +347,7 @@ def _known(module: str, name: str) -> _Name:
     if path.startswith(("numpy.", "_codecs.")):
         raise BadModel(
             f"It keeps numpy values ({shown[:80]}) beside its weights, which cannot be "
-            "read safely. Load it in Python and save the weights alone: "
-            "torch.save(model.state_dict(), 'weights.pt')."
+            f"read safely. {_SAVE_AGAIN}"
         )
     raise BadModel(
         f"It asks for {shown[:80]} to be called or made when it is opened. Weights "
@@ -377,16 +365,14 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
-def _mapping(path: str, content: Any = ()) -> dict[Any, Any]:
-    """Return what ``OrderedDict(pairs)`` or ``Counter(dict)`` makes."""
-    if path == "collections.Counter":
-        _expect(not content or type(content) is dict)
-        return dict(content)
-    mapping: dict[Any, Any] = {}
-    for pair in content:
-        _expect(type(pair) in (tuple, list) and len(pair) == 2)
-        _set_items(mapping, list(pair))
-    return mapping
+def _is_shape(value: Any) -> bool:
+    return (
+        type(value) is tuple and len(value) <= MAX_NDIM and all(map(_is_count, value))
+    )
+
+
+def _is_word(value: Any) -> bool:
+    return type(value) is str and len(value) <= 100
 
 
 def _set_items(mapping: Any, items: list[Any]) -> None:

@@ -163,11 +163,11 @@ def _check_legacy(file: BinaryIO, size: int) -> None:
     file.seek(0)
     content = file.read(MAX_PICKLE)
     numbers = follow_pickle(content)
-    version = follow_pickle(content, numbers.end)
-    system = follow_pickle(content, version.end)
+    version = follow_pickle(content, numbers.end, most=100)
+    system = follow_pickle(content, version.end, most=100)
     followed = follow_pickle(content, system.end)
     _check_tree(followed)
-    keys = follow_pickle(content, followed.end)
+    keys = follow_pickle(content, followed.end, most=4 * MAX_MEMBERS)
     if version.tree != 1001 or type(system.tree) is not dict:
         raise BadModel(f"It is damaged or of an unknown version of torch. {_DAMAGED}")
     if system.tree.get("little_endian") is not True:
