@@ -7,7 +7,7 @@ import pytest
 from napari_unet.errors import BadModel
 from napari_unet.models import library
 from napari_unet.models.checkpoint import model_sha256, read_header, save_model
-from napari_unet.models.description import facts
+from napari_unet.models.description import facts, summary
 from napari_unet.models.family import family_trees, history
 from napari_unet.models.library import (
     correct_model,
@@ -140,3 +140,10 @@ def test_the_passport_in_words(family):
     assert told["Trained"].endswith("annotated images; held-out scores: F1 0.61 → 0.78")
     assert "Citation" not in told
     assert "Pixel size" not in told
+
+
+def test_a_summary_is_short(family, trained):
+    save_model(trained(num_classes=19), family / "many")
+    assert summary(read_header(family / "many.safetensors")) == (
+        "2D  class 1 (region), class 2 (region), class 3 (region) and 15 more"
+    )

@@ -24,6 +24,7 @@ from napari_unet.models.library import (
     remove_model,
 )
 from napari_unet.models.model import Model, TrainingRecord
+from napari_unet.sample import nuclei
 from napari_unet.widgets import _session
 from napari_unet.widgets._session import Session
 from napari_unet.widgets.models import ModelsWidget, _picture
@@ -354,6 +355,30 @@ def test_import_then_segment(models_desk, tmp_path):
     job.start.click()
     desk.qtbot.waitUntil(lambda: "cells objects" in desk.viewer.layers, timeout=30_000)
     assert len(np.unique(desk.viewer.layers["cells objects"].data)) == 17
+
+
+def test_a_real_checkpoint_of_others_finds_nuclei(models_desk, shared_data):
+    """It is imported, the form is answered, Segment works."""
+    desk = models_desk()
+    image, kwargs, _ = nuclei()[0]
+    desk.viewer.add_image(image, **kwargs)
+    desk.dock.import_file(str(shared_data / "checkpoints" / "segmentify_Nuclei.pth"))
+    desk.work()
+    assert "Check its facts below" in desk.status
+    assert "Not known" in desk.passport
+    desk.form._classes[0][0].setText("nucleus")
+    desk.form._channels[0].setText("DAPI")
+    desk.form._diameter.setValue(20)
+    desk.click("Save facts")
+    desk.work()
+    assert "nucleus (objects)" in desk.passport
+    desk.click("Use")
+    desk.work()
+    job, before = desk.segment._job, len(desk.viewer.layers)
+    desk.qtbot.waitUntil(job.start.isEnabled)
+    job.start.click()
+    desk.qtbot.waitUntil(lambda: len(desk.viewer.layers) > before, timeout=60_000)
+    assert 40 < len(np.unique(desk.viewer.layers[-1].data)) < 100
 
 
 def test_removing_the_base_of_a_new_network_changes_nothing(tune_desk):

@@ -29,7 +29,10 @@ _SCORES = {
 def summary(header: Header) -> str:
     """Say in some words what a model finds."""
     passport = header.passport
-    parts = [f"{header.config.ndim}D", ", ".join(_finds(passport))]
+    finds = _finds(passport)
+    more = f" and {len(finds) - 3} more" if len(finds) > 4 else ""
+    found = ", ".join(finds[:3] if more else finds) + more
+    parts = [f"{header.config.ndim}D", found]
     if passport.pixel_size:
         parts.append(pixels(passport.pixel_size))
     return "  ".join(parts)
