@@ -107,7 +107,9 @@ def main(place, kills, by_call):
         before = {}
         if killed >= kills:
             break
-    print(json.dumps({"killed": killed, "finished": finished, "redone": redone}))
+    sys.stdout.write(
+        json.dumps({"killed": killed, "finished": finished, "redone": redone})
+    )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from napari_unet.cli.words import duration, one_line
 from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.progress import follow
+from napari_unet.cli.words import duration, one_line
 from napari_unet.errors import BadInput, BadOutput
 
 if TYPE_CHECKING:
