@@ -13,11 +13,10 @@ from napari_unet.models.library import (
     correct_model,
     library_dir,
     load_model,
-    remove_model,
     rename_model,
-    restore_model,
 )
 from napari_unet.models.model import Model, TrainingRecord
+from napari_unet.models.trash import remove_model, restore_model
 
 
 @pytest.fixture

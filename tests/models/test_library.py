@@ -2,6 +2,9 @@
 
 import hashlib
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput, BadModel, BadOutput, UnetError
-from napari_unet.models import library
+from napari_unet.models import library, trash
 from napari_unet.models.checkpoint import (
     model_sha256,
     read_header,
@@ -25,15 +28,13 @@ from napari_unet.models.library import (
     is_bundled,
     library_dir,
     list_models,
-    list_removed,
     load_model,
     name_problem,
     plain_name,
-    remove_model,
     rename_model,
-    restore_model,
 )
 from napari_unet.models.model import Model
+from napari_unet.models.trash import list_removed, remove_model, restore_model
 
 
 @pytest.fixture
@@ -200,6 +201,23 @@ def test_a_failed_import_leaves_nothing(filled, tmp_path, monkeypatch, file):
     assert contents(filled) == before
 
 
+def test_a_killed_import_leaves_no_model_and_its_rest_is_swept(filled, file):
+    code = (
+        "import os, signal, sys\n"
+        "from napari_unet.models import library\n"
+        "library.move_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "library.import_model(sys.argv[1], 'cells')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (filled / "cells.safetensors").unlink()  # its name, reserved a moment before
+    assert list(list_models()) == ["mine", "nuclei"]
+    assert len(list(filled.iterdir())) == 2  # with what the import has left
+    import_model(file, "cells")
+    names = sorted(path.name for path in filled.iterdir())
+    assert names == ["cells.safetensors", "mine.safetensors"]
+
+
 def test_of_two_imports_at_once_both_arrive_under_names_of_their_own(filled, file):
     """Each either gets a name of its own or is refused; none replaces another."""
 
@@ -360,13 +378,13 @@ def test_the_last_one_of_a_name_comes_back_and_replaces_nothing(filled, other):
 def test_the_trash_keeps_for_30_days(filled, file, monkeypatch):
     now, day = time.time_ns(), 24 * 3600 * 10**9
     shutil.copy(file, filled / "old.safetensors")
-    monkeypatch.setattr(library.time, "time_ns", lambda: now - 29 * day)
+    monkeypatch.setattr(trash.time, "time_ns", lambda: now - 29 * day)
     remove_model("mine")
-    monkeypatch.setattr(library.time, "time_ns", lambda: now - 31 * day)
+    monkeypatch.setattr(trash.time, "time_ns", lambda: now - 31 * day)
     shutil.copy(file, filled / "older.safetensors")
     remove_model("older")
     (filled / "trash" / "notes.txt").write_text("not of the library")
-    monkeypatch.setattr(library.time, "time_ns", lambda: now)
+    monkeypatch.setattr(trash.time, "time_ns", lambda: now)
     assert list(list_removed()) == ["mine", "older"]
     remove_model("old")
     assert list(list_removed()) == ["mine", "old"]

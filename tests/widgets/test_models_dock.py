@@ -21,13 +21,14 @@ from napari_unet.models.library import (
     library_dir,
     list_models,
     load_model,
-    remove_model,
 )
 from napari_unet.models.model import Model, TrainingRecord
+from napari_unet.models.trash import remove_model
 from napari_unet.sample import nuclei
 from napari_unet.widgets import _session
+from napari_unet.widgets._models_passport import decode_picture
 from napari_unet.widgets._session import Session
-from napari_unet.widgets.models import ModelsWidget, _picture
+from napari_unet.widgets.models import ModelsWidget
 from napari_unet.widgets.segment import SegmentWidget
 
 
@@ -84,7 +85,7 @@ class ModelsDesk:
 
     @property
     def passport(self) -> str:
-        return self.dock._passport.text()
+        return self.dock._passport.text.text()
 
     @property
     def offered(self) -> list[str]:
@@ -142,7 +143,7 @@ def test_the_tree_and_the_passport(models_desk):
     assert "grey values 0 to 100" in desk.passport
     desk.choose("nuclei")
     assert "Caicedo" in desk.passport
-    assert desk.dock._picture.pixmap().width() > 0
+    assert desk.dock._passport.picture.pixmap().width() > 0
 
 
 def test_use_hands_a_model_to_the_other_docks(models_desk):
@@ -395,7 +396,7 @@ def test_pictures_of_others_are_no_danger():
         Image.new("L", (side, side)).save(content, "png")
         return base64.b64encode(content.getvalue()).decode()
 
-    assert _picture(png(96)).width() == 64
-    assert _picture(png(5000)) is None
+    assert decode_picture(png(96)).width() == 64
+    assert decode_picture(png(5000)) is None
     for text in ("", "nonsense", "é", png(96)[:60]):
-        assert _picture(text) is None
+        assert decode_picture(text) is None

@@ -61,7 +61,8 @@ def list_all() -> None:
     """
     from napari_unet.models.description import summary
     from napari_unet.models.family import family_trees
-    from napari_unet.models.library import is_bundled, library_dir, list_removed
+    from napari_unet.models.library import is_bundled, library_dir
+    from napari_unet.models.trash import list_removed
 
     rows = []
     for depth, branch in _walk(family_trees()):
@@ -156,7 +157,7 @@ def remove(name: _Name) -> None:
 
     Example: napari-unet models remove cells
     """
-    from napari_unet.models.library import remove_model
+    from napari_unet.models.trash import remove_model
 
     removed = remove_model(name)
     typer.echo(
@@ -173,7 +174,7 @@ def restore(name: _Name) -> None:
 
     Example: napari-unet models restore cells
     """
-    from napari_unet.models.library import restore_model
+    from napari_unet.models.trash import restore_model
 
     restore_model(name)
     typer.echo(one_line(f"{name} is back in the library"))

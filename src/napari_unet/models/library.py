@@ -1,14 +1,11 @@
-"""The bundled and the user's own models, by name."""
+"""The bundled and the user's own models, by name; `trash` has the removed ones."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +13,7 @@ import platformdirs
 from pydantic import ValidationError
 
 from napari_unet.errors import BadInput, BadModel, BadOutput
-from napari_unet.files.atomic import atomic_path, bad_output
+from napari_unet.files.atomic import atomic_path, bad_output, make_scratch, sweep
 from napari_unet.models.checkpoint import read_header, read_model, save_model
 from napari_unet.models.model import Model, Passport
 
@@ -26,11 +23,8 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "bundled"
 SUFFIX = ".safetensors"
-TRASH_DAYS = 30
 
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
-_REMOVED = re.compile(rf"(\d+)-(.+){re.escape(SUFFIX)}", re.DOTALL)
-_DAY = 24 * 60 * 60 * 10**9  # ns
 
 
 def data_dir() -> Path:
@@ -131,8 +125,12 @@ def name_problem(name: str) -> str:
     if _FORBIDDEN.search(name) or name.startswith(".") or len(name.encode()) > 100:
         return "The name is also a file's: use up to 100 letters, digits, '-' and '_'."
     if name.casefold() in {known.casefold() for known in list_models()}:
-        return f"There is a model {name!r} in the library: choose another name."
+        return _taken(name)
     return ""
+
+
+def _taken(name: str) -> str:
+    return f"There is a model {name!r} in the library: choose another name."
 
 
 def plain_name(text: str) -> str:
@@ -152,7 +150,7 @@ def _free_name(stem: str) -> str:
 
 
 @contextmanager
-def _new_file(name: str) -> Iterator[Path]:
+def new_file(name: str) -> Iterator[Path]:
     """Reserve the file of a new model; it is given back when the block fails.
 
     Whoever asks for the same name meanwhile is refused.
@@ -168,11 +166,29 @@ def _new_file(name: str) -> Iterator[Path]:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+    except FileExistsError:  # made by another program a moment ago
+        raise BadInput(_taken(name)) from None
     except OSError as error:
         raise bad_output(path, error) from error
 
 
-def _own_file(name: str) -> Path:
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Make a folder for files that are not complete yet, in the library."""
+    library = library_dir()
+    try:
+        library.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad_output(library, error) from error
+    sweep(library)  # what killed programs have left
+    folder = make_scratch(library)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def own_file(name: str) -> Path:
     """Return the file of one of the user's models; the bundled ones stay."""
     path = find_model(name)
     if path.parent == BUNDLED:
@@ -218,8 +234,10 @@ def import_model(path: str | Path, name: str | None = None) -> str:
     passport = model.passport
     if passport.name == Passport().name:
         passport = passport.model_copy(update={"name": name})
-    with _new_file(name) as file:
-        save_model(Model(model.network, passport), file)
+    with _scratch() as folder:
+        saved = save_model(Model(model.network, passport), folder / name)
+        with new_file(name) as file:
+            move_file(saved, file)
     return name
 
 
@@ -286,12 +304,12 @@ def rename_model(name: str, new: str) -> None:
     BadOutput
         If the library cannot be written.
     """
-    path = _own_file(name)
+    path = own_file(name)
     if new.casefold() == name.casefold() and new not in list_models():
-        _move(path, path.with_name(f"{new}{SUFFIX}"))  # other capitals, same file
+        move_file(path, path.with_name(f"{new}{SUFFIX}"))  # other capitals, same file
         return
-    with _new_file(new) as file:
-        _move(path, file)
+    with new_file(new) as file:
+        move_file(path, file)
 
 
 def correct_model(name: str, facts: Mapping[str, Any]) -> None:
@@ -314,7 +332,7 @@ def correct_model(name: str, facts: Mapping[str, Any]) -> None:
     BadOutput
         If the file cannot be written; it is as before.
     """
-    path = _own_file(name)
+    path = own_file(name)
     before, model = read_header(path), read_model(path)
     former = (*before.passport.former_sha256, before.sha256)
     try:
@@ -329,116 +347,8 @@ def correct_model(name: str, facts: Mapping[str, Any]) -> None:
         save_model(Model(model.network, passport), path)
 
 
-# --- the trash ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Removed:
-    """A model in the trash.
-
-    Parameters
-    ----------
-    name : str
-        That it had.
-    path : Path
-    time_ns : int
-        When it was removed.
-    """
-
-    name: str
-    path: Path
-    time_ns: int
-
-    @property
-    def kept_until(self) -> date:
-        """The day after which a later removal deletes it for good."""
-        return date.fromtimestamp((self.time_ns + TRASH_DAYS * _DAY) / 1e9)
-
-
-def remove_model(name: str) -> Removed:
-    """Move one of the user's models to the trash of the library.
-
-    What has been there for longer than `TRASH_DAYS` is then deleted for good.
-
-    Parameters
-    ----------
-    name : str
-        In the library.
-
-    Returns
-    -------
-    Removed
-
-    Raises
-    ------
-    BadModel
-        If there is no such model.
-    BadInput
-        If it is a bundled one.
-    BadOutput
-        If the library cannot be written.
-    """
-    path, now = _own_file(name), time.time_ns()
-    removed = Removed(name, _trash_dir() / f"{now}-{name}{SUFFIX}", now)
-    try:
-        removed.path.parent.mkdir(exist_ok=True)
-        for other in _all_removed():
-            if other.time_ns < now - TRASH_DAYS * _DAY:
-                other.path.unlink(missing_ok=True)
-    except OSError as error:
-        raise bad_output(removed.path, error) from error
-    _move(path, removed.path)
-    return removed
-
-
-def restore_model(name: str) -> None:
-    """Bring a model back from the trash, the one removed last if there are several.
-
-    Parameters
-    ----------
-    name : str
-        That it had.
-
-    Raises
-    ------
-    BadModel
-        If there is none of that name in the trash.
-    BadInput
-        If another model has got its name meanwhile.
-    BadOutput
-        If the library cannot be written.
-    """
-    removed = list_removed()
-    if name not in removed:
-        names = ", ".join(removed) or "none"
-        raise BadModel(
-            f"There is no removed model {name!r} (there are: {names}). Name one of "
-            "these."
-        )
-    with _new_file(name) as file:
-        _move(removed[name].path, file)
-
-
-def list_removed() -> dict[str, Removed]:
-    """Return what is in the trash by name, sorted; the latest of each name."""
-    return {removed.name: removed for removed in _all_removed()}
-
-
-def _trash_dir() -> Path:
-    return library_dir() / "trash"
-
-
-def _all_removed() -> list[Removed]:
-    """Return all that is in the trash by name, the latest of a name last."""
-    found = [
-        Removed(match[2], path, int(match[1]))
-        for path in _trash_dir().glob(f"*{SUFFIX}")
-        if (match := _REMOVED.fullmatch(path.name))
-    ]
-    return sorted(found, key=lambda removed: (removed.name, removed.time_ns))
-
-
-def _move(source: Path, target: Path) -> None:
+def move_file(source: Path, target: Path) -> None:
+    """Give a file another name, or say why that fails."""
     try:
         os.replace(source, target)
     except OSError as error:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from napari_unet.models.family import Branch, Entry
-    from napari_unet.models.library import Removed
+    from napari_unet.models.trash import Removed
 
 _KEY = Qt.ItemDataRole.UserRole
 _TOOLTIP = Qt.ItemDataRole.ToolTipRole

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error
-from qtpy.QtCore import QBuffer, QByteArray, Qt, QTimer
-from qtpy.QtGui import QImageReader, QPixmap
-from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QLabel, QPushButton, QSizePolicy
+from qtpy.QtCore import Qt, QTimer
+from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QPushButton, QSizePolicy
 from superqt import QCollapsible
 
 from napari_unet.errors import BadModel, UnetError
-from napari_unet.models.description import facts
 from napari_unet.models.family import family_trees, read_entry
 from napari_unet.models.library import (
     correct_model,
@@ -21,17 +18,16 @@ from napari_unet.models.library import (
     find_model,
     import_model,
     is_bundled,
-    list_removed,
     load_model,
-    remove_model,
     rename_model,
-    restore_model,
 )
+from napari_unet.models.trash import list_removed, remove_model, restore_model
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
-from napari_unet.widgets._dock import Dock, heading, text_label, while_alive
+from napari_unet.widgets._dock import Dock, text_label, while_alive
 from napari_unet.widgets._model_chooser import CHECKPOINTS
 from napari_unet.widgets._models_facts import FactsForm
+from napari_unet.widgets._models_passport import PassportView
 from napari_unet.widgets._models_tree import ModelTree
 from napari_unet.widgets._worker import start_worker
 
@@ -45,8 +41,6 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Model
 
 NAME = "Models"
-THUMBNAIL = 64  # pixels on the screen
-_MAX_PICTURE = 1024  # pixels that a thumbnail may have at most
 
 
 class ModelsWidget(Dock):
@@ -97,13 +91,7 @@ class ModelsWidget(Dock):
         self._use.setFont(font)
         self.column.addWidget(self._use)
         self.column.addLayout(self._status_row())
-        self._heading = heading("")
-        self.column.addWidget(self._heading)
-        self._picture = QLabel()
-        self._picture.setToolTip("What it finds in an image of its training.")
-        self.column.addWidget(self._picture)
-        self._passport = text_label()
-        self._passport.setTextFormat(Qt.TextFormat.RichText)
+        self._passport = PassportView()
         self.column.addWidget(self._passport)
         self._form = FactsForm(self._correct)
         self._fold = QCollapsible("Facts")
@@ -170,15 +158,7 @@ class ModelsWidget(Dock):
 
     def _show(self, entry: Entry | None) -> None:
         header = None if entry is None else entry.header
-        caption = self._heading.findChild(QLabel)
-        caption.setText("" if entry is None else entry.name)
-        picture = None if header is None else _picture(header.passport.thumbnail)
-        self._picture.setVisible(picture is not None)
-        self._picture.setPixmap(picture or QPixmap())
-        if entry is not None and header is None:
-            self._passport.setText(escape(f"⚠ {entry.problem}"))
-        else:
-            self._passport.setText("" if header is None else _table(facts(header)))
+        self._passport.show_entry(entry)
         self._form.show_facts(header, self._why_not_changed())
         QTimer.singleShot(0, self._fit_fold)
 
@@ -339,7 +319,8 @@ class ModelsWidget(Dock):
             self.export_file(name, path)
 
     def _rename(self, old: str, new: str) -> None:
-        if new != old and self._try(lambda: rename_model(old, new)):
+        idle = not self._busy  # else its file may be being written
+        if idle and new != old and self._try(lambda: rename_model(old, new)):
             _session.follow_rename(self._session, old, new)
             self._say(f"{old!r} is called {new!r} now.", lambda: self._rename(new, old))
             self.refresh(new)
@@ -395,28 +376,3 @@ class ModelsWidget(Dock):
 def _enable(button: QPushButton, why_not: str, tip: str) -> None:
     button.setEnabled(not why_not)
     button.setToolTip(why_not or tip)
-
-
-def _table(rows: Any) -> str:
-    cells = "".join(
-        f"<tr><td style='padding-right: 8px'><b>{escape(title)}</b></td>"
-        f"<td>{escape(text)}</td></tr>"
-        for title, text in rows
-    )
-    return f"<table>{cells}</table>"
-
-
-def _picture(thumbnail: str) -> QPixmap | None:
-    """Decode a thumbnail, which may come from anyone; None if there is none."""
-    if not thumbnail:
-        return None
-    content = QByteArray.fromBase64(thumbnail.encode(errors="replace"))
-    buffer = QBuffer(content)
-    reader = QImageReader(buffer, QByteArray(b"png"))
-    size = reader.size()
-    if not size.isValid() or max(size.width(), size.height()) > _MAX_PICTURE:
-        return None
-    size.scale(THUMBNAIL, THUMBNAIL, Qt.AspectRatioMode.KeepAspectRatio)
-    reader.setScaledSize(size)
-    image = reader.read()
-    return None if image.isNull() else QPixmap.fromImage(image)
