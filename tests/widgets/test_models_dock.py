@@ -204,7 +204,7 @@ def test_remove_and_undo(models_desk):
     desk.choose("bright")
     desk.click("Remove")
     assert desk.names == {"mine": {}, "nuclei": {}, "Removed": {"bright": {}}}
-    assert "The docks work with it until another is chosen." in desk.status
+    assert "the docks still have it" in desk.status
     assert desk.session.model is model
     assert desk.offered == ["mine", "nuclei"]
     assert desk.chosen == desk.session.source == ""

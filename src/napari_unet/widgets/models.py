@@ -233,10 +233,7 @@ class ModelsWidget(Dock):
             if entry is not None and entry.header is not None:
                 if not entry.header.passport.history:  # nobody has told of it
                     self._fold.expand(animate=False)
-                    self._say(
-                        f"{name!r} is in the library. Check its facts below: they are "
-                        "guesses where the file does not tell."
-                    )
+                    self._say(f"{name!r} is in the library. Check its facts below.")
 
         self._work(f"Importing {Path(path).name}", lambda: import_model(path), show)
 
@@ -337,9 +334,9 @@ class ModelsWidget(Dock):
             if was_used:
                 self._session.source = ""
             self._session.library_changed.emit(name, "")
-            still = " The docks work with it until another is chosen." * was_used
+            still = "; the docks still have it" * was_used
             self._say(
-                f"{name!r} is in the trash.{still}",
+                f"{name!r} is in the trash{still}.",
                 lambda: self._restore(name, use=was_used),
             )
         self.refresh()
