@@ -419,6 +419,7 @@ def test_cut_file_is_refused_before_its_first_plane_is_computed(
 ):
     class Memory:
         available = 10_000
+        total = 2**34  # dask asks, too
 
     path = tmp_path / "a.tif"
     whole = write(path, **dict(LAYOUTS[layout]))

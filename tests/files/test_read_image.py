@@ -30,6 +30,7 @@ def little_memory(monkeypatch):
 
     class Memory:
         available = 40_000
+        total = 2**34  # dask asks, too
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
 

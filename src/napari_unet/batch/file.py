@@ -19,7 +19,7 @@ import zarr
 
 from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.results import write_results, writing
-from napari_unet.batch.volume import segment_into_steps
+from napari_unet.batch.volume import BLOCK_PIXELS, segment_into_steps
 from napari_unet.errors import BadModel, BadOutput, UnetError
 from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
@@ -52,7 +52,7 @@ __all__ = [
 # Larger images are read, and larger results kept, in pieces. Fixed, so that the
 # results never depend on the free memory.
 LAZY_BYTES = 2**28
-LAZY_VALUES = 2**26
+LAZY_VALUES = BLOCK_PIXELS  # blocks need the same folder for what is temporary
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def read_ome_zarr(path: Path, max_bytes: int | None = None) -> Source:
         array = _open_array(path, level)
         axes, units = _axes(path, image, array.ndim)
         check_array(path, array.shape, axes, np.dtype(array.dtype))
-        data = _load(path, array, notes, max_bytes)
+        data = _load(path, level, array, notes, max_bytes)
         pixel_size = _pixel_size(axes, units, image, dataset)
     return Source(path, data, axes, pixel_size, tuple(notes))
 
@@ -266,18 +266,22 @@ class _Chunks:
 
 
 def _load(
-    path: Path, array: zarr.Array, notes: list[str], max_bytes: int | None
+    path: Path,
+    level: Path,
+    array: zarr.Array,
+    notes: list[str],
+    max_bytes: int | None,
 ) -> NDArray[Any] | dask.array.Array:
     chunks = _Chunks(path, array)
     itemsize = chunks.dtype.itemsize
     nbytes = math.prod(array.shape) * itemsize
     # A chunk may be declared larger than the image.
     check_fits(path, math.prod(chunks.chunks) * itemsize, "one chunk")
-    if nbytes > (memory_budget() if max_bytes is None else max_bytes):
-        return lazy_array(path, chunks, "auto")
-    # zarr counts a shard as so many chunks, also where it juts out of the image.
-    stored = array.nchunks_initialized
-    stored //= math.prod(chunks.chunks) // math.prod(array.chunks)
+    # Counted as files: zarr would go through every chunk that a header may declare.
+    stored = sum(
+        file.name != "zarr.json" and not file.name.startswith(".") and file.is_file()
+        for file in level.rglob("*")
+    )
     total = math.prod(
         -(-length // side)
         for length, side in zip(array.shape, chunks.chunks, strict=True)
@@ -287,5 +291,7 @@ def _load(
             f"{total - stored} of {total} chunks are not stored; they are read as "
             f"{array.fill_value}."
         )
+    if nbytes > (memory_budget() if max_bytes is None else max_bytes):
+        return lazy_array(path, chunks, "auto")
     data = chunks[...]
     return data.astype(data.dtype.newbyteorder("="), copy=False)
