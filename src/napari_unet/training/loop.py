@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
-from napari_unet.errors import OutOfMemory
+from napari_unet.errors import OutOfMemory, UnetError
 from napari_unet.inference.backends import is_out_of_memory
 from napari_unet.inference.segment import segment_steps
 from napari_unet.training.losses import (
@@ -289,7 +289,7 @@ class Training:
         self.optimizer.load_state_dict(saved.optimizer)
 
     def preview_steps(self) -> Beats[NDArray | None]:
-        """Segment what is being looked at, with heartbeats; None if nothing is."""
+        """Segment what is being looked at, with heartbeats; None if that cannot be."""
         if self._view is None:
             return None
         self._view_is_new = False
@@ -303,7 +303,7 @@ class Training:
             precision=self._settings.precision,
             pixel_size=annotation.pixel_size,
         )
-        return (yield from self.beats(steps, "preview"))
+        return (yield from self.beats(_or_none(steps), "preview"))
 
     @property
     def view_is_new(self) -> bool:
@@ -347,6 +347,16 @@ class Training:
             )
             return flags
         return nullcontext()
+
+
+def _or_none(
+    steps: Generator[Progress, None, NDArray],
+) -> Generator[Progress, None, NDArray | None]:
+    """Do without a preview that fails: the training goes on."""
+    try:
+        return (yield from steps)
+    except UnetError:
+        return None
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 LARGEST_PREVIEW = 1 << 20  # pixels; of larger planes what the canvas shows
+_DEEPEST_PREVIEW = 16  # planes of a larger volume
 
 
 class PlaneLayers:
@@ -155,7 +156,12 @@ class Previews:
             )
         except (KeyError, ValueError):
             return None  # axes that do not fit; the training will say so
-        view = View(index, region)
+        if any(part.start >= part.stop for part in region.values()):
+            return None  # the canvas shows nothing of the image
+        letters = self._axes[index].replace("S", "")
+        here = _layers.current_index(self._viewer, image)
+        plane = dict(zip(letters, here, strict=False)).get("Z", 0)
+        view = View(index, limit_preview(region, plane))
         if view == self._view:
             return None
         self._view = view
@@ -171,6 +177,38 @@ class Previews:
     def hide(self) -> None:
         """Show nothing until the next training."""
         self._layers.hide()
+
+
+def limit_preview(region: dict[str, slice], plane: int) -> dict[str, slice]:
+    """Shrink what the canvas shows to what is segmented in a moment.
+
+    Parameters
+    ----------
+    region : dict of str to slice
+        By axis letter; without Y and X the image is small, and seen whole.
+    plane : int
+        Around which planes are kept; of Y and X the centre is.
+    """
+    if not {"Y", "X"} <= region.keys():
+        return region
+    limited = dict(region)
+    if "Z" in limited:
+        limited["Z"] = _shrink(limited["Z"], plane, _DEEPEST_PREVIEW)
+    sizes = {axis: part.stop - part.start for axis, part in limited.items()}
+    pixels = sizes.get("Z", 1) * sizes["Y"] * sizes["X"]
+    if pixels > LARGEST_PREVIEW:
+        factor = (LARGEST_PREVIEW / pixels) ** 0.5
+        for axis in "YX":
+            part = limited[axis]
+            size = max(1, int(sizes[axis] * factor))
+            limited[axis] = _shrink(part, (part.start + part.stop) // 2, size)
+    return limited
+
+
+def _shrink(part: slice, centre: int, size: int) -> slice:
+    """Keep at most so many pixels around one of them, inside of a part."""
+    start = max(min(centre - size // 2, part.stop - size), part.start)
+    return slice(start, min(start + size, part.stop))
 
 
 def make_preview(name: str, shape: list[int], space: dict[str, Any]) -> Labels:

@@ -94,6 +94,7 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
     def __init__(self, name: str, begin: Begin | None, view: View | None):
         self._child: Child | None = None
         self._cancelled = False
+        self._learns = False
         self._steps = self._run(name, begin, view)
 
     def send(self, value: View | None) -> LiveStep:
@@ -129,8 +130,9 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
             shutil.rmtree(folder, ignore_errors=True)
             return model
         except (BadInput, BadModel):
-            # It would end so again.
-            shutil.rmtree(folder, ignore_errors=True)
+            # It would not even begin again; what it has learnt is kept.
+            if not self._learns:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             sweep(library_dir())  # of a child that was killed while it wrote
@@ -169,6 +171,7 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
             except StopIteration as stop:
                 path: Path = stop.value
                 return path
+            self._learns = self._learns or step.loss is not None
             shown = None if step.preview is None else outlines(step.preview)
             seen = LiveStep(**vars(step) | {"preview": shown}, view=view)
             waiting = (yield seen) or waiting

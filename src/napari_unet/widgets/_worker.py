@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from napari.qt.threading import GeneratorWorker, create_worker
 from napari.utils import progress
 from napari.utils.notifications import show_error
-from qtpy.QtCore import QObject, QTimer
+from qtpy.QtCore import QObject, QThreadPool, QTimer
 
 from napari_unet.errors import UnetError
 from napari_unet.steps import ChildError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _BAR_INTERVAL = 0.1  # seconds
+_THREADS = 8  # a training and a batch hold theirs; autosave and surveys need others
 
 
 class UnexpectedError(Exception):
@@ -125,6 +126,9 @@ def start_worker(
     worker.returned.connect(deliver)
     worker.errored.connect(lambda error: on_error(str(error)))
     worker.finished.connect(end)
+    pool = QThreadPool.globalInstance()  # in which napari starts all workers
+    assert pool is not None
+    pool.setMaxThreadCount(max(pool.maxThreadCount(), _THREADS))
     worker.start()
     return worker
 

@@ -269,7 +269,8 @@ class FineTuneWidget(Dock):
         return Plan(name, begin, [pair.image for pair in pairs], ndim)
 
     def _on_settled(self) -> None:
-        self._name.setModified(False)
+        if name_problem(self._name.text().strip()):  # else typed for the next one
+            self._name.setModified(False)
         self._propose_name()
         self._refresh()
 
