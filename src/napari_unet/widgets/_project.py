@@ -159,6 +159,8 @@ class ProjectPanel(QWidget):
         autosave = self._autosave
         if self._problem:
             return f"⚠ {self._problem}"
+        if autosave.left_out and autosave.is_needed:
+            return f"⚠ Not saved: {autosave.left_out} All else is kept safe."
         if not annotated or (autosave.saved is None and autosave.project is None):
             return ""
         at = f" at {autosave.saved:%H:%M}" if autosave.saved else ""
