@@ -61,6 +61,14 @@ def test_what_nobody_knows_of(place):
     assert statuses(job) == ["other", "waiting", "waiting"]
 
 
+def test_what_was_put_beside_the_results(place):
+    job = make_job(place)
+    run(job)
+    shutil.copy(place / "in" / "a0.tif", place / "in" / "b.tif")
+    shutil.copy(place / "in" / "a0.tif", job.output / "b.tif")
+    assert statuses(job) == ["skipped"] * 3 + ["other"]
+
+
 def test_results_of_a_killed_run_are_no_others(place):
     job = make_job(place)
     run(job)

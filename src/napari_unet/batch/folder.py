@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from napari_unet.batch.cluster import distributed_steps, recall_tasks
 from napari_unet.batch.file import Task, writing
-from napari_unet.batch.job import program_versions
+from napari_unet.batch.job import BatchJob, program_versions
 from napari_unet.batch.journal import Entry, Journal, Status
 from napari_unet.batch.overlap import overlapped_steps
 from napari_unet.batch.plan import (
@@ -21,13 +22,14 @@ from napari_unet.batch.plan import (
     Item,
     check_batch,
     few,
+    identity,
     plan_batch,
     result_folders,
 )
 from napari_unet.batch.report import write_report
 from napari_unet.batch.scheduler import check_scheduler
 from napari_unet.batch.tables import write_tables
-from napari_unet.errors import BadModel, BadOutput, Partial
+from napari_unet.errors import BadInput, BadModel, BadOutput, Partial
 from napari_unet.files.atomic import sweep
 from napari_unet.files.members import state_of
 from napari_unet.steps import Progress
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from napari_unet.batch.file import FileStep
-    from napari_unet.batch.job import BatchJob
     from napari_unet.models.model import Model
 
 __all__ = ["BatchProgress", "BatchReport", "batch_steps"]
@@ -125,9 +126,10 @@ def batch_steps(
         What to do.
     resume : bool
         Skip what an earlier run has done with the same model, settings and versions,
-        if neither image nor results have changed since.
+        if neither image nor results have changed since; replace results only if
+        this batch has made them.
     overwrite : bool
-        Replace existing results.
+        Replace existing results, whoever made them.
     scheduler : str or None
         Of a Dask cluster that does the work, "tcp://host:8786" or "local"; see
         :mod:`napari_unet.batch.cluster`. None does it in this process.
@@ -172,6 +174,8 @@ def batch_steps(
             resume=resume,
             scheduler=scheduler,
         )
+        if not overwrite:
+            _check_ownership(job, run.todo, journal)
         notes = [device.note, _changed_versions(told, job)]
         with journal:
             job.save(job.output / JOB)
@@ -211,6 +215,38 @@ def complete_job(job: BatchJob, model: Model) -> BatchJob:
         )
     update = {"model_sha256": found, "versions": program_versions()}
     return job.model_copy(update=update)
+
+
+def other_images(job: BatchJob) -> Path | None:
+    """Return whose results the output folder holds, if not of the job's images."""
+    with suppress(BadInput):
+        images = BatchJob.load(job.output / JOB).input
+        if identity(images) != identity(job.input):
+            return images
+    return None
+
+
+def _check_ownership(job: BatchJob, todo: Sequence[Item], journal: Journal) -> None:
+    """Refuse to replace what this batch has not made."""
+    existing = [p for item in todo for p in item.outputs if os.path.lexists(p)]
+    if existing and (images := other_images(job)):
+        raise BadOutput(
+            f"{job.output} holds the results of the images in {images}; use "
+            "--overwrite to replace them, or choose another output."
+        )
+    foreign = [
+        path
+        for item in todo
+        for path in journal.foreign(item.name, item.outputs, job.output)
+    ]
+    if foreign:
+        one = len(foreign) == 1
+        were = "was" if one else "were"
+        raise BadOutput(
+            f"{few(foreign)} exist{'s' * one} and {were} not made by this batch, or "
+            f"{were} changed since; use --overwrite to replace "
+            f"{'it' if one else 'them'}, or choose another output."
+        )
 
 
 def _changed_versions(told: BatchJob, job: BatchJob) -> str:
@@ -256,13 +292,13 @@ class _Run:
         )
         self._index = {item.name: index for index, item in enumerate(items)}
         states = {item.name: state_of(item.image) for item in items}
-        self._todo = [
+        self.todo = [
             item
             for item in items
             if not resume
             or not journal.is_done(item.name, states[item.name], job.output)
         ]
-        todo = {item.name for item in self._todo}
+        todo = {item.name for item in self.todo}
         self._outdated = sum(map(journal.is_outdated, todo)) if resume else 0
         self._entries = {
             name: entry for name, entry in journal.entries.items() if name not in todo
@@ -287,7 +323,7 @@ class _Run:
             )
         for note in filter(None, notes):
             yield self._progress(self._items[0], "waiting", note=note)
-        self._journal.forget(item.name for item in self._todo)
+        self._journal.forget(item.name for item in self.todo)
         files = self._file_steps()
         try:
             with closing(files):
@@ -300,7 +336,7 @@ class _Run:
         return self._conclude()
 
     def _file_steps(self) -> Generator[FileStep, None, None]:
-        what = self._todo, self._model, self._task, self._record
+        what = self.todo, self._model, self._task, self._record
         if self._scheduler:
             return distributed_steps(*what, scheduler=self._scheduler)
         return overlapped_steps(*what)

@@ -32,7 +32,7 @@ class Entry:
     ----------
     name : str
         The image, as `Item` calls it.
-    status : "done", "failed" or, of what is about to be done again, "waiting"
+    status : "done", "failed" or, of what is about to be done, "waiting"
     size, mtime_ns : int
         Of the image when it was read.
     outputs : dict of str to int
@@ -155,6 +155,29 @@ class Journal:
             and all(size_of(folder / p) == n for p, n in entry.outputs.items())
         )
 
+    def foreign(self, name: str, outputs: Iterable[Path], folder: Path) -> list[Path]:
+        """Return the results of an image that are not known to be of this batch.
+
+        Parameters
+        ----------
+        name : str
+            The image, as `Item` calls it.
+        outputs : iterable of Path
+            What would be written; what is not there is not returned.
+        folder : Path
+            The output folder.
+        """
+        _, entry = self._last.get(name, ("", None))
+        if entry is not None and entry.status != "done":
+            return []  # begun, and not finished
+        sizes = entry.outputs if entry is not None else {}
+        return [
+            path
+            for path in outputs
+            if os.path.lexists(path)
+            and sizes.get(path.relative_to(folder).as_posix()) != size_of(path)
+        ]
+
     def __enter__(self) -> Journal:
         """Open the file for adding, which makes it if needed."""
         try:
@@ -181,16 +204,16 @@ class Journal:
         self._add([entry])
 
     def forget(self, names: Iterable[str]) -> None:
-        """Say that results are about to be replaced: they are not done any more.
+        """Say that results are about to be made: what is there is not done any more.
+
+        Whatever a kill leaves of them is then known to be of this batch.
 
         Raises
         ------
         BadOutput
             As `add`.
         """
-        known = [name for name in names if name in self._last]
-        if known:
-            self._add([Entry(name, "waiting") for name in known])
+        self._add([Entry(name, "waiting") for name in names])
 
     def _add(self, entries: Sequence[Entry]) -> None:
         same = {"journal": VERSION, "batch": self._fingerprint}

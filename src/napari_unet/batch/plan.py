@@ -233,7 +233,7 @@ def _find_in_folder(job: BatchJob) -> Iterator[Path]:
     while waiting:
         folder = waiting.pop(0)
         # A link may lead back to where it lies.
-        if (place := _identity(folder)) in seen:
+        if (place := identity(folder)) in seen:
             continue
         seen.add(place)
         images = list_images(folder)
@@ -275,10 +275,10 @@ def check_plan(items: Sequence[Item], folder: Path, *, overwrite: bool) -> None:
     """
     _check_collisions(items, folder)
     _check_folder(folder)
-    images = {_identity(item.image): item.image for item in items}
+    images = {identity(item.image): item.image for item in items}
     images.pop(None, None)  # an image that has gone
     for place in (folder, *folder.absolute().parents):
-        if image := images.get(_identity(place)):
+        if image := images.get(identity(place)):
             raise BadOutput(
                 f"The output lies inside the image {image}, which would change it; "
                 "choose another folder."
@@ -288,7 +288,7 @@ def check_plan(items: Sequence[Item], folder: Path, *, overwrite: bool) -> None:
         _check_target(target)
         if not os.path.lexists(target):
             continue
-        if _identity(target) in images:
+        if identity(target) in images:
             raise BadOutput(
                 f"{target} is one of the images, which are never overwritten; choose "
                 "another output."
@@ -319,20 +319,20 @@ def check_batch(job: BatchJob, items: Sequence[Item], *, overwrite: bool) -> Non
     BadInput, BadOutput
         See `check_plan`.
     """
-    source = _identity(job.input)
+    source = identity(job.input)
     output = job.output.absolute()
-    if _identity(output) == source:
+    if identity(output) == source:
         raise BadOutput(
             f"The images and the results would lie in the same folder, {job.output}; "
             "choose another folder for the results."
         )
-    if job.recursive and source in map(_identity, output.resolve().parents):
+    if job.recursive and source in map(identity, output.resolve().parents):
         raise BadOutput(
             f"The output {job.output} lies inside the folder of the images, where the "
             "results would be taken for images; choose a folder elsewhere."
         )
-    target = _identity(output)
-    if target and target in map(_identity, job.input.resolve().parents):
+    target = identity(output)
+    if target and target in map(identity, job.input.resolve().parents):
         raise BadOutput(
             f"The folder of the images lies inside the output {job.output}, where a "
             "result could replace an image; choose a folder elsewhere."
@@ -387,7 +387,7 @@ def _check_target(target: Path) -> None:
         raise bad_output(target, OSError(errno.ENAMETOOLONG, ""))
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
     """Return what two names of one file have in common; None if there is none."""
     try:
         status = path.stat()

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from napari_unet.batch.folder import complete_job
+from napari_unet.batch.folder import complete_job, other_images
 from napari_unet.batch.journal import Journal
 from napari_unet.batch.plan import JOURNAL, check_batch, plan_batch
 from napari_unet.errors import BadInput, BadModel
@@ -115,27 +115,35 @@ def survey_steps(job: BatchJob, model: Model) -> Generator[Progress, None, Surve
     job = complete_job(job, model)
     journal = Journal(job.output / JOURNAL, job.fingerprint)
     entries = journal.entries
+    is_elsewhere = other_images(job) is not None
     files = []
     for number, item in enumerate(items):
         if number % _AT_ONCE == 0:
             yield Progress(number, len(items), "looking at the results")
-        files.append(_look(item, job, journal, entries))
+        files.append(_look(item, job, journal, entries.get(item.name), is_elsewhere))
     doubt, pixel_size = _try_first(items[0], job, model)
     is_begun = (job.output / JOURNAL).is_file()
     return Survey(job, tuple(files), is_begun, doubt, pixel_size)
 
 
 def _look(
-    item: Item, job: BatchJob, journal: Journal, entries: dict[str, Entry]
+    item: Item,
+    job: BatchJob,
+    journal: Journal,
+    entry: Entry | None,
+    is_elsewhere: bool,
 ) -> FileState:
-    entry = entries.get(item.name)
-    if entry and entry.status == "done":
-        if journal.is_done(item.name, state_of(item.image), job.output):
-            return FileState(item, "skipped", entry)
-        is_other = True  # the image or the results have changed since
-    else:
-        # Without any line in the journal not even begun by this batch.
-        is_other = journal.is_outdated(item.name) or not entries
+    if journal.is_done(item.name, state_of(item.image), job.output):
+        return FileState(item, "skipped", entry)
+    # More careful than `--resume`: what was finished is not replaced unasked, also
+    # if only the image or the settings have changed since.
+    was_done = entry is not None and entry.status == "done"
+    is_other = (
+        was_done
+        or journal.is_outdated(item.name)
+        or is_elsewhere
+        or journal.foreign(item.name, item.outputs, job.output)
+    )
     if is_other and any(map(os.path.lexists, item.outputs)):
         return FileState(item, "other")
     if entry and entry.status == "failed":
