@@ -102,15 +102,17 @@ def distributed_steps(
     """
     if not items:
         return
-    folders = sorted(result_folders(task.output.absolute(), items))
+    output = task.output.absolute()
     try:
         yield FileStep(items[0], message="starting the workers")
         with connected(scheduler, task) as client, _ordered(model, task) as order:
             yield from _Window(client, items, order, record).steps()
             with suppress(Exception):  # the next run would do it
+                folders = sorted(result_folders(output, items))
                 client.run(sweep_folders, folders, on_error="ignore")
     finally:
-        sweep_folders(folders)
+        # Listed now: at the start some were not there yet.
+        sweep_folders(result_folders(output, items))
 
 
 @contextmanager
