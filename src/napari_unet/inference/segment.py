@@ -187,7 +187,6 @@ def segment_units_steps(
         unit: dict[str, int], probabilities: NDArray, making: Made, index: int
     ) -> Generator[Progress, None, Found]:
         labels, classes, found = yield from predictor.wait_steps(making, index)
-        labels, classes, found = yield from predictor.wait_steps(making, index)
         labels = numbering.renumber(labels, classes)
         write(
             predictor.place(unit),
