@@ -19,7 +19,7 @@ from napari_unet.batch.file import FileStep, failed
 from napari_unet.batch.job import program_versions
 from napari_unet.batch.plan import result_folders
 from napari_unet.batch.results import writing
-from napari_unet.batch.scheduler import PATIENCE, connected, one_line
+from napari_unet.batch.scheduler import PATIENCE, connected
 from napari_unet.batch.worker import (
     Order,
     Unseen,
@@ -28,6 +28,7 @@ from napari_unet.batch.worker import (
     with_absolute_paths,
 )
 from napari_unet.errors import BadCluster, BadInput, BadOutput, Cancelled, UnetError
+from napari_unet.files.source import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -265,7 +266,7 @@ class _Window:
                 raise self._lost() from error
             raise BadCluster(
                 f"The cluster at {self._address} cannot run napari-unet "
-                f"({type(error).__name__}: {one_line(error)}). Install the same "
+                f"({type(error).__name__}: {one_line(error, 200)}). Install the same "
                 f"version of it with the scheduler and with all workers. {self._kept()}"
             ) from error
         self._forget(number)

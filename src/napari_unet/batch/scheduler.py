@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from napari_unet.errors import BadCluster, BadInput
+from napari_unet.files.source import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,8 +78,9 @@ def connected(scheduler: str, task: Task) -> Iterator[Any]:
             client = Client(scheduler, timeout=CONNECT, set_as_default=False)
         except (OSError, ValueError, ImportError) as error:
             raise BadCluster(
-                f"There is no Dask scheduler at {scheduler} ({one_line(error)}). Check "
-                "the address and that it is running with the same versions of Dask."
+                f"There is no Dask scheduler at {scheduler} ({one_line(error, 200)}). "
+                "Check the address and that it is running with the same versions of "
+                "Dask."
             ) from error
         with client:
             yield client
@@ -117,7 +119,7 @@ def _local_cluster(count: str | None, device: str) -> Iterator[Any]:
             cluster = SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL)
         except (RuntimeError, OSError) as error:
             raise BadCluster(
-                f"Dask cannot start workers on this computer ({one_line(error)}). "
+                f"Dask cannot start workers on this computer ({one_line(error, 200)}). "
                 "Start fewer, or run without --scheduler."
             ) from error
         with cluster:
@@ -154,8 +156,3 @@ def _environments(count: int | None, device: str) -> list[dict[str, str]]:
 def dask_setup(_worker: Any) -> None:
     """Let Ctrl-C be the matter of the process that has started this worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def one_line(error: object) -> str:
-    """Return the beginning of what an error says."""
-    return " ".join(str(error).split())[:200].rstrip(".")

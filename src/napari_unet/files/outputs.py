@@ -198,7 +198,7 @@ def _scan(
     same result has the same one, wherever its pixels were kept and whenever it is
     written.
     """
-    described = sorted(ome_metadata(stack, pixel_size, names).items())
+    described = sorted(ome_metadata(stack.stored_axes, pixel_size, names).items())
     digest = hashlib.sha256(repr((stack.stored_shape, described)).encode())
     smallest = largest = 0
     for block in stack.blocks():

@@ -11,7 +11,13 @@ import tifffile
 
 from napari_unet.errors import BadInput
 from napari_unet.files.atomic import atomic_path
-from napari_unet.files.write_tiff import CLASSIC_BYTES, IMAGEJ_AXES, SOFTWARE
+from napari_unet.files.write_tiff import (
+    CLASSIC_BYTES,
+    IMAGEJ_AXES,
+    SOFTWARE,
+    imagej_options,
+    ome_metadata,
+)
 from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
@@ -189,7 +195,13 @@ def write_pixels_steps(
         # ImageJ's calibration always has X and Y.
         or (pixel_size and not {"X", "Y"} <= set(pixel_size))
     )
-    describe = _ome_options if as_ome else _imagej_options
+    if as_ome:
+        metadata = ome_metadata(pixels.axes, pixel_size, {})
+        options: dict[str, Any] = {"shape": pixels.shape, "metadata": metadata}
+    else:
+        # With fewer axes tifffile takes an X of length 1 for the samples.
+        shape = tuple(lengths.get(axis, 1) for axis in IMAGEJ_AXES)
+        options = imagej_options(shape, pixel_size, {})
     with atomic_path(path) as part, open(part, "wb+") as file:
         with tifffile.TiffWriter(
             file, bigtiff=big, ome=as_ome, imagej=not as_ome, byteorder="<"
@@ -200,7 +212,7 @@ def write_pixels_steps(
                 photometric="rgb" if "S" in lengths else "minisblack",
                 software=SOFTWARE,
                 returnoffset=True,
-                **describe(lengths, pixel_size),
+                **options,
             )
         assert place is not None
         file.seek(place[0])
@@ -209,31 +221,6 @@ def write_pixels_steps(
             file.write(band.astype(band.dtype.newbyteorder("<"), copy=False).data)
             done += band.nbytes
             yield Progress(done, pixels.nbytes, f"writing {path.name}")
-
-
-def _imagej_options(
-    lengths: Mapping[str, int], pixel_size: Mapping[str, float]
-) -> dict[str, Any]:
-    # With fewer axes tifffile takes an X of length 1 for the samples.
-    shape = [lengths.get(axis, 1) for axis in IMAGEJ_AXES]
-    metadata: dict[str, Any] = {"axes": IMAGEJ_AXES}
-    options: dict[str, Any] = {"shape": shape, "metadata": metadata}
-    if pixel_size:
-        metadata["unit"] = "micron"
-        options["resolution"] = (1 / pixel_size["X"], 1 / pixel_size["Y"])
-    if "Z" in pixel_size:
-        metadata["spacing"] = pixel_size["Z"]
-    return options
-
-
-def _ome_options(
-    lengths: Mapping[str, int], pixel_size: Mapping[str, float]
-) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"axes": "".join(lengths), "Creator": SOFTWARE}
-    for axis, size in pixel_size.items():
-        metadata[f"PhysicalSize{axis}"] = size
-        metadata[f"PhysicalSize{axis}Unit"] = "µm"
-    return {"shape": tuple(lengths.values()), "metadata": metadata}
 
 
 def _narrower(pixels: Pixels) -> str:

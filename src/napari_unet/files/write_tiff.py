@@ -145,7 +145,7 @@ def _layout(stack: Stack, dtype: np.dtype[Any]) -> dict[str, Any]:
 def _imagej_options(
     stack: Stack, pixel_size: Mapping[str, float], metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    described: dict[str, Any] = {"axes": IMAGEJ_AXES}
+    described: dict[str, Any] = {}
     if "Description" in metadata:
         described["Info"] = metadata["Description"]
     if "Channel" in metadata:
@@ -153,14 +153,7 @@ def _imagej_options(
         times, depth = stack.shape[:2]
         described["Labels"] = metadata["Channel"]["Name"] * (times * depth)
     # With fewer axes tifffile takes an X of length 1 for the samples.
-    options: dict[str, Any] = {"shape": (*stack.shape, 1), "metadata": described}
-    if not pixel_size:
-        return options
-    described["unit"] = "micron"
-    options["resolution"] = (1 / pixel_size["X"], 1 / pixel_size["Y"])
-    if "Z" in pixel_size:
-        described["spacing"] = pixel_size["Z"]
-    return options
+    return imagej_options((*stack.shape, 1), pixel_size, described)
 
 
 def _ome_options(
@@ -170,18 +163,33 @@ def _ome_options(
     ome_uuid: uuid.UUID,
 ) -> dict[str, Any]:
     described = {
-        **ome_metadata(stack, pixel_size, metadata),
+        **ome_metadata(stack.stored_axes, pixel_size, metadata),
         # tifffile would draw one by time: the same result would differ every time.
         "UUID": str(ome_uuid),
     }
     return {"shape": stack.stored_shape, "metadata": described}
 
 
-def ome_metadata(
-    stack: Stack, pixel_size: Mapping[str, float], metadata: dict[str, Any]
+def imagej_options(
+    shape: tuple[int, ...], pixel_size: Mapping[str, float], metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what the header of an OME-TIFF says of a stack, in tifffile's words."""
-    described = {"axes": stack.stored_axes, "Creator": SOFTWARE, **metadata}
+    """Return shape, calibration and metadata of an ImageJ TIFF, in tifffile's words."""
+    described: dict[str, Any] = {"axes": IMAGEJ_AXES, **metadata}
+    options: dict[str, Any] = {"shape": shape, "metadata": described}
+    if not pixel_size:
+        return options
+    described["unit"] = "micron"
+    options["resolution"] = (1 / pixel_size["X"], 1 / pixel_size["Y"])
+    if "Z" in pixel_size:
+        described["spacing"] = pixel_size["Z"]
+    return options
+
+
+def ome_metadata(
+    axes: str, pixel_size: Mapping[str, float], metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the header of an OME-TIFF says of an image, in tifffile's words."""
+    described = {"axes": axes, "Creator": SOFTWARE, **metadata}
     for letter in "ZYX":
         if letter in pixel_size:
             described[f"PhysicalSize{letter}"] = pixel_size[letter]
