@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from magicgui.widgets import CheckBox, ComboBox, LineEdit, SpinBox
+from magicgui.widgets import CheckBox, LineEdit
 from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
@@ -25,6 +25,11 @@ from napari_unet.widgets._dock import form_rows, text_label, while_alive
 from napari_unet.widgets._folder_field import FolderField
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
+from napari_unet.widgets._running import (
+    choose_averaging,
+    choose_device,
+    choose_tile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,22 +164,9 @@ class BatchForm(QWidget):
             "Needed if the images have more than the model.",
         )
         self._channels.native.setPlaceholderText("all")
-        self._device = ComboBox(
-            choices=DEVICES,
-            label="Device",
-            tooltip="auto takes a working GPU, else the CPU.",
-        )
-        self._tile = SpinBox(
-            max=8192,
-            step=64,
-            label="Tile size",
-            tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
-            "not depend on it.",
-        )
-        self._augment = CheckBox(
-            text="Average 8 flips and rotations",
-            tooltip="Test-time augmentation: a little better, eight times slower.",
-        )
+        self._device = choose_device()
+        self._tile = choose_tile()
+        self._augment = choose_averaging()
         self._float32 = CheckBox(
             text="Exact on the GPU, too",
             tooltip="Slower on a GPU, with the same numbers as on the CPU.",

@@ -9,11 +9,11 @@ from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QFormLayout, QLabel, QPushButton, QVBoxLayout, QWidget
 from superqt import QCollapsible
 
-from napari_unet.inference.backends import DEVICES
 from napari_unet.models.model import BorderWeights
 from napari_unet.training.augment import AugmentationSettings
 from napari_unet.training.settings import TrainingSettings
 from napari_unet.training.weight_map import W0_SIGMA
+from napari_unet.widgets._running import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,11 +182,7 @@ class TrainingOptions(QWidget):
             tooltip="Train only the second half of the network: faster, and safer with "
             "very few annotations. Not for a new network.",
         )
-        self.device = ComboBox(
-            choices=DEVICES,
-            label="Device",
-            tooltip="auto takes a working GPU, else the CPU.",
-        )
+        self.device = choose_device()
         return [
             self.steps,
             self.every,

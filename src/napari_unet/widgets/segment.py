@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from magicgui.widgets import CheckBox, ComboBox, Container, SpinBox
+from magicgui.widgets import CheckBox, Container
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
@@ -21,6 +21,11 @@ from napari_unet.widgets._dock import Dock, JobRow, text_label, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
+from napari_unet.widgets._running import (
+    choose_averaging,
+    choose_device,
+    choose_tile,
+)
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
@@ -146,25 +151,12 @@ class SegmentWidget(Dock):
         return row
 
     def _fold(self, remembered: dict[str, Any]) -> QCollapsible:
-        device = remembered.get("device")
-        self._device = ComboBox(
-            choices=DEVICES,
-            value=device if device in DEVICES else "auto",
-            label="Device",
-            tooltip="auto takes a working GPU, else the CPU.",
-        )
-        self._tile = SpinBox(
-            max=8192,
-            step=64,
-            label="Tile size",
-            tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
-            "not depend on it.",
-        )
-        self._augment = CheckBox(
-            value=bool(remembered.get("augment", False)),
-            text="Average 8 flips and rotations",
-            tooltip="Test-time augmentation: a little better, eight times slower.",
-        )
+        self._device = choose_device()
+        if (device := remembered.get("device")) in DEVICES:
+            self._device.value = device
+        self._tile = choose_tile()
+        self._augment = choose_averaging()
+        self._augment.value = bool(remembered.get("augment", False))
         self._show_probabilities = CheckBox(
             text="Probabilities as a layer",
             tooltip="Also show how sure the network is of each pixel.",

@@ -1,0 +1,35 @@
+"""How the network is run: what several docks let the user choose in the same words."""
+
+from __future__ import annotations
+
+from magicgui.widgets import CheckBox, ComboBox, SpinBox
+
+from napari_unet.inference.backends import DEVICES
+
+
+def choose_device() -> ComboBox:
+    """Let the user choose where to compute; auto at first."""
+    return ComboBox(
+        choices=DEVICES,
+        label="Device",
+        tooltip="auto takes a working GPU, else the CPU.",
+    )
+
+
+def choose_tile() -> SpinBox:
+    """Let the user choose the side of the tiles; 0 at first."""
+    return SpinBox(
+        max=8192,
+        step=64,
+        label="Tile size",
+        tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
+        "not depend on it.",
+    )
+
+
+def choose_averaging() -> CheckBox:
+    """Let the user choose test-time augmentation; off at first."""
+    return CheckBox(
+        text="Average 8 flips and rotations",
+        tooltip="Test-time augmentation: a little better, eight times slower.",
+    )
