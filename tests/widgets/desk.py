@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,3 +106,29 @@ class Desk:
         return next(
             layer for layer in self.viewer.layers if layer.name.endswith("objects")
         )
+
+
+def close_napari(program: str, *arguments: object, flags: tuple[str, ...] = ()):
+    """Run a program that says one line, closes napari and then says "closed".
+
+    Returns that line, and the seconds from then to the end of the process.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *flags, "-c", program, *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        started = time.monotonic()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    seconds = time.monotonic() - started
+    assert process.returncode == 0, err
+    assert out == "closed\n"
+    assert "Traceback" not in err
+    return line, seconds

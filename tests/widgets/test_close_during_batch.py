@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 from batch_desk import BatchDesk, keep_model, write_images
+from desk import close_napari
 
 from napari_unet.files.images import read_image
 from napari_unet.widgets._session import Session
@@ -46,24 +42,9 @@ print("closed", flush=True)
 def test_close_and_resume(home, tmp_path, make_napari_viewer, qtbot):
     keep_model()
     images = write_images(tmp_path / "in", 300, side=32)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(images)],
-        cwd=Path(__file__).parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "closing\n"
-        started = time.monotonic()
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    assert out == "closed\n"
-    assert "Traceback" not in err
-    assert time.monotonic() - started < 10
+    line, seconds = close_napari(PROGRAM, images)
+    assert line == "closing\n"
+    assert seconds < 10
     made = list((tmp_path / "in-labels").glob("*.tif"))
     assert 3 <= len(made) < 300
     assert all(read_image(path).data.max() > 0 for path in made)

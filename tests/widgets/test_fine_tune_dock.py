@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import gc
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from desk import close_napari
 from napari.layers import Shapes
 from tune_desk import (
     Gaps,
@@ -456,24 +454,8 @@ print("closed", flush=True)
 def test_closing_napari_ends_the_training(home):
     library_dir().mkdir(parents=True)
     save_model(weak_model(), library_dir() / "weak")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        cwd=Path(__file__).parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        started = time.monotonic()
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    assert out == "closed\n"
-    assert "Traceback" not in err
-    assert time.monotonic() - started < 10
+    line, seconds = close_napari(PROGRAM, flags=("-W", "ignore"))
+    assert seconds < 10
     assert not psutil.pid_exists(int(line))
     assert library_files() == ["weak.safetensors"]
     (kept,) = load_project(data_dir() / "autosave" / "1").annotations
