@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from napari_unet.network.unet import UNetConfig
 
 
@@ -153,6 +155,13 @@ def pad_to(x: Tensor, sides: list[int]) -> Tensor:
 
 def crop_to(x: Tensor, sides: list[int]) -> Tensor:
     """Cut out the centre."""
-    for axis, side in enumerate(sides, start=2):
-        x = x.narrow(axis, (x.shape[axis] - side) // 2, side)
+    gaps = [have - side for side, have in zip(sides, x.shape[2:], strict=True)]
+    starts = [gap // 2 for gap in gaps]
+    return narrow(x, [(a, a + side) for a, side in zip(starts, sides, strict=True)])
+
+
+def narrow(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Cut out what lies between a start and a stop along each spatial axis."""
+    for axis, (start, stop) in enumerate(spans, start=2):
+        x = x.narrow(axis, start, stop - start)
     return x

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from napari_unet.network.program import Config, Program, ProgramConfig
 from napari_unet.network.unet import UNet, UNetConfig
 
 Interval = tuple[int, int]  # first and last index, both included
@@ -31,6 +32,8 @@ class ReceptiveField:
     before, after : int
         Pixels of real input that an output tile depends on before its first
         and after its last pixel. They contain ``shrink``.
+    minimum : int
+        No legal input side is smaller.
     """
 
     alignment: int
@@ -38,6 +41,7 @@ class ReceptiveField:
     shrink: int
     before: int
     after: int
+    minimum: int = 1
 
     def input_size(self, at_least: int) -> int:
         """Return the smallest legal input side that is not below ``at_least``."""
@@ -46,7 +50,8 @@ class ReceptiveField:
 
     @property
     def _minimum(self) -> int:
-        return 2 * self.shrink + 1 if self.shrink else self.alignment
+        least = 2 * self.shrink + 1 if self.shrink else self.alignment
+        return max(least, self.minimum)
 
     @property
     def halo(self) -> tuple[int, int]:
@@ -63,7 +68,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 @lru_cache
-def receptive_field(config: UNetConfig) -> ReceptiveField:
+def receptive_field(config: Config) -> ReceptiveField:
     """Compute the context of a network from its configuration.
 
     The dependence of an aligned output tile is followed backwards through the
@@ -71,14 +76,23 @@ def receptive_field(config: UNetConfig) -> ReceptiveField:
 
     Parameters
     ----------
-    config : UNetConfig
+    config : UNetConfig or ProgramConfig
         Any variant; for those that are not tile-exact (see `inexact_reason`)
-        the context is that of their convolutions alone.
+        the context is that of their convolutions alone, or the one that is given.
 
     Returns
     -------
     ReceptiveField
     """
+    if isinstance(config, ProgramConfig):
+        return ReceptiveField(
+            alignment=config.alignment,
+            remainder=0,
+            shrink=config.shrink,
+            before=config.shrink + config.halo,
+            after=config.shrink + config.halo,
+            minimum=config.minimum,
+        )
     alignment = 2**config.depth
     shrinks = [0] * (config.depth + 1)  # by which the sub-network at a level shrinks
     remainder = 0
@@ -115,7 +129,7 @@ def _input_interval(
     if level == config.depth:
         return _before_convs(config, bottom, output)
     output = _before_convs(config, up[level], output)
-    first, last = _before_upsampling(config, level, output)
+    first, last = before_upsampling(config, level, output)
     below = _input_interval(config, shrinks, level + 1, (first, last))
     needed = [(2 * below[0], 2 * below[1] + 1)]
     if config.skip_connections:
@@ -134,7 +148,8 @@ def _before_convs(config: UNetConfig, count: int, interval: Interval) -> Interva
     return first - count, last + count
 
 
-def _before_upsampling(config: UNetConfig, level: int, interval: Interval) -> Interval:
+def before_upsampling(config: UNetConfig, level: int, interval: Interval) -> Interval:
+    """Return what of the level below an interval of an upsampled map depends on."""
     first, last = interval
     bare = config.ups is not None and not config.ups[config.depth - 1 - level]
     if config.upsampling == "nearest" and not bare:
@@ -221,7 +236,8 @@ def inexact_reason(network: nn.Module) -> str | None:
         with the right halo are exact.
     """
     if not isinstance(network, UNet):
-        return "its structure is foreign, so that its context is not known"
+        title = network.title if isinstance(network, Program) else "a foreign network"
+        return f"it is {title}, which runs as it is, and its context is not known"
     config = network.config
     if config.norm in ("group", "instance"):
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from napari_unet.network.blocks import (
     Up,
     conv_type,
     crop_to,
+    narrow,
     pad_to,
     prefer_first,
 )
+
+if TYPE_CHECKING:
+    from napari_unet.network.cropping import Cropping
 
 Padding = Literal["same", "valid"]
 Upsampling = Literal[
@@ -289,7 +293,7 @@ class UNet(nn.Module):
         """Build an untrained network from its configuration."""
         return cls(**config.to_dict())
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, cropping: Cropping | None = None) -> Tensor:
         """Compute the logits.
 
         Parameters
@@ -297,6 +301,9 @@ class UNet(nn.Module):
         image : Tensor of shape (batch, in_channels, *spatial)
             Any size with ``padding="same"``; with ``padding="valid"`` a size
             that can be halved at every level.
+        cropping : Cropping, optional
+            The part of the output that is wanted, so that less is computed;
+            everything by default. Sides must then be multiples of ``2**depth``.
 
         Returns
         -------
@@ -315,32 +322,54 @@ class UNet(nn.Module):
         else:
             self._check_valid(wanted)
             x = image
+        x, maps, places = self._contract(x)
+        logits = self._expand(x, maps, places, cropping)
+        if config.padding == "same" and cropping is None:
+            logits = narrow(logits, [(0, side) for side in wanted])
+        return logits
+
+    def _contract(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """Run the contracting path; also return the skips and the places of maxima."""
         maps: list[Tensor] = []
         places: list[Tensor | None] = []
         for level, block in enumerate(self.encoder):
             x = block(x)
-            if level == config.depth - 1:
+            if level == self.config.depth - 1:
                 x = self.dropout(x)
             maps.append(x)
             x, indices = self._pool(x)
             places.append(indices)
-        if config.bridge:
+        if self.config.bridge:
             x = self.bridge(x)
-        x = self.dropout(self.bottleneck(x))
-        for up, block in zip(self.up, self.decoder, strict=True):
+        return self.dropout(self.bottleneck(x)), maps, places
+
+    def _expand(
+        self,
+        x: Tensor,
+        maps: list[Tensor],
+        places: list[Tensor | None],
+        cropping: Cropping | None,
+    ) -> Tensor:
+        """Run the expanding path, which empties the lists, and the last layer."""
+        config = self.config
+        for step, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
             skip = maps.pop()
+            if cropping:
+                x = narrow(x, cropping.below[step])
             size = list(skip.shape[2:])
             x = up(x, size, places.pop())
-            if config.padding == "same":
+            if cropping:
+                x = narrow(x, cropping.upsampled[step])
+                skip = narrow(skip, cropping.skip[step])
+            elif config.padding == "same":
                 x = pad_to(x, size)
             if config.skip_connections:
                 skip = crop_to(skip, list(x.shape[2:]))
                 x = x + skip if config.skips == "add" else torch.cat([skip, x], dim=1)
             x = block(x)
+        if cropping:
+            x = narrow(x, cropping.kept)
         logits: Tensor = self.head(x)
-        if config.padding == "same":
-            for axis, side in enumerate(wanted, start=2):
-                logits = logits.narrow(axis, 0, side)
         return logits
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
