@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from napari_unet.errors import BadModel
 from napari_unet.models.normalize import Normalization
 
 METHODS = ["percentile", "mean_std", "fixed"]
@@ -131,3 +132,36 @@ def test_a_wide_offset_does_not_eat_the_image(offset, dtype):
     wanted = how.fit(pixels).apply(pixels)
     shifted = (pixels + offset).astype(dtype)
     np.testing.assert_allclose(how.fit(shifted).apply(shifted), wanted, atol=1e-6)
+
+
+def test_fixed_values_of_single_channels():
+    how = Normalization(method="fixed", ranges=((0, 10), (100, 300)))
+    pixels = np.array([[[0.0, 5, 20]], [[100.0, 200, 0]]], dtype=np.float32)
+    scaled = how.fit(pixels).apply(pixels)
+    np.testing.assert_allclose(scaled, [[[0, 0.5, 2]], [[0, 0.5, -0.5]]], atol=1e-7)
+    with pytest.raises(BadModel, match="2 channels, not of 1"):
+        how.fit(pixels[:1])
+
+
+@pytest.mark.parametrize(
+    ("clip", "least", "most"),
+    [((0.0, 1.0), 0, 1), ((None, 1.0), -0.5, 1), ((0.0, None), 0, 1.5)],
+)
+def test_limits_of_normalised_values(clip, least, most):
+    pixels = np.array([[-5.0, 0, 10, 15]])
+    how = Normalization(method="fixed", lower=0, upper=10, clip=clip)
+    scaled = how.fit(pixels).apply(pixels)
+    assert (scaled.min(), scaled.max()) == (least, most)
+
+
+def test_eps_is_added_to_the_spread_but_constant_images_stay_0():
+    pixels = np.array([[0.0, 0.1], [3.0, 3.0]])
+    scaled = Normalization(lower=0, upper=100, eps=0.1).fit(pixels).apply(pixels)
+    np.testing.assert_allclose(scaled, [[0, 0.5], [0, 0]], atol=1e-7)
+
+
+def test_what_is_not_used_is_not_written():
+    """So that the hashes of files that know nothing of it stay the same."""
+    assert not {"ranges", "eps", "clip"} & Normalization().model_dump().keys()
+    how = Normalization(method="fixed", ranges=((0, 1),), eps=1e-6, clip=(0, None))
+    assert Normalization.model_validate_json(how.model_dump_json()) == how

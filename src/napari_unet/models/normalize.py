@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+from napari_unet.errors import BadModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +38,13 @@ class Normalization(BaseModel):
         Whether the planes of a stack share their statistics.
     joint_channels : bool
         Whether all channels share their statistics, as RGB should.
+    ranges : tuple of (float, float)
+        With "fixed", instead of ``lower`` and ``upper``, those of each channel.
+    eps : float
+        What is added to the distance from ``lower`` to ``upper``, or to the standard
+        deviation. Other programs do so instead of looking for constant images.
+    clip : tuple of float or None
+        Limits of the normalised values; None where there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +54,18 @@ class Normalization(BaseModel):
     upper: float = 99.8
     scope: Literal["image", "plane"] = "image"
     joint_channels: bool = False
+    # What only other people's models need.
+    ranges: tuple[tuple[float, float], ...] = ()
+    eps: float = Field(0.0, ge=0, le=0.1)
+    clip: tuple[float | None, float | None] | None = None
+
+    @model_serializer(mode="wrap")
+    def _to_dict(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        told: dict[str, Any] = dump(self)
+        for name in ("ranges", "eps", "clip"):  # the hashes of older files stay
+            if not told.get(name):
+                told.pop(name, None)
+        return told
 
     def fit(self, pixels: NDArray) -> Scaling:
         """Derive the scaling of an image from its pixels.
@@ -52,15 +79,30 @@ class Normalization(BaseModel):
         -------
         Scaling
             A constant channel is mapped to 0.
+
+        Raises
+        ------
+        BadModel
+            If there are ``ranges`` for another number of channels.
         """
         groups = [pixels] if self.joint_channels else list(pixels)
-        fits = [self._fit_one(group) for group in groups]
+        fixed = (self.ranges if self.method == "fixed" else ()) or (
+            ((self.lower, self.upper),) * len(groups)
+        )
+        if len(fixed) != len(groups):
+            raise BadModel(
+                f"The model's grey values are those of {len(fixed)} channels, not of "
+                f"{len(groups)}. Correct the brightness in the Models dock."
+            )
+        fits = [self._fit_one(*both) for both in zip(groups, fixed, strict=True)]
         if self.joint_channels:
             fits *= len(pixels)
         offset, gain, fill = np.array(fits, dtype=np.float64).T
-        return Scaling(offset, gain, fill)
+        return Scaling(offset, gain, fill, self.clip)
 
-    def _fit_one(self, values: NDArray) -> tuple[float, float, float]:
+    def _fit_one(
+        self, values: NDArray, fixed: tuple[float, float]
+    ) -> tuple[float, float, float]:
         if values.dtype.kind == "f":
             values = values[np.isfinite(values)]
         if values.dtype.kind == "b" or values.dtype == np.float16:
@@ -69,7 +111,7 @@ class Normalization(BaseModel):
             return 0.0, 0.0, np.nan
         median = float(np.median(values))
         if self.method == "fixed":
-            low, high = self.lower, self.upper
+            low, high = fixed
         elif self.method == "mean_std":
             mean = values.mean(dtype=np.float64)
             low, high = mean, mean + values.std(dtype=np.float64)
@@ -78,7 +120,8 @@ class Normalization(BaseModel):
             if high <= low:  # few bright pixels on a constant background
                 low, high = float(values.min()), float(values.max())
         spread = float(high) - float(low)
-        return float(low), 1.0 / spread if spread > 0 else 0.0, median
+        gain = 1.0 / (spread + self.eps) if spread > 0 else 0.0
+        return float(low), gain, median
 
     def _percentiles(self, values: NDArray) -> NDArray:
         # Between signed values far apart, numpy's differences wrap around.
@@ -97,11 +140,14 @@ class Scaling:
     ----------
     offset, gain, fill : float64 array of shape (channel,)
         ``fill`` is the median of the finite pixels, NaN if there are none.
+    clip : tuple of float or None
+        Limits of the result.
     """
 
     offset: NDArray[np.float64]
     gain: NDArray[np.float64]
     fill: NDArray[np.float64]
+    clip: tuple[float | None, float | None] | None = None
 
     def apply(self, tile: NDArray) -> NDArray[np.float32]:
         """Normalise pixels.
@@ -130,4 +176,6 @@ class Scaling:
         with np.errstate(over="ignore"):
             scaled = (values - offset) * gain
         # The largest float is a common mark for "no data"; it must not overflow.
-        return np.clip(scaled, -LARGEST, LARGEST, out=scaled).astype(np.float32)
+        low, high = self.clip or (None, None)
+        low, high = -LARGEST if low is None else low, LARGEST if high is None else high
+        return np.clip(scaled, low, high, out=scaled).astype(np.float32)
