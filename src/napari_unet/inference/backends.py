@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from napari_unet.errors import BadInput, Cancelled
+from napari_unet.network.program import Program, ProgramConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from napari_unet.network.unet import UNet
+    from napari_unet.network.program import Network
 
 Precision = Literal["auto", "float32"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -37,6 +38,13 @@ class Device:
 
     name: str
     note: str = ""
+
+    def that_runs(self, network: Network) -> Device:
+        """Return this device, or the CPU where this one cannot run a network."""
+        if isinstance(network, Program):
+            problem = network.problem_on(self.name.split(":")[0])
+            return Device("cpu", problem) if problem else self
+        return self
 
 
 def choose_device(wanted: str = "auto") -> Device:
@@ -117,7 +125,7 @@ class Backend:
 
     Parameters
     ----------
-    network : UNet
+    network : UNet or Program
         Left as it is.
     device : str
         Name of a working device.
@@ -125,7 +133,7 @@ class Backend:
         "auto" is mixed precision on CUDA. "float32" also switches TF32 off.
     """
 
-    def __init__(self, network: UNet, device: str, precision: Precision = "auto"):
+    def __init__(self, network: Network, device: str, precision: Precision = "auto"):
         if precision not in get_args(Precision):
             raise BadInput(
                 f"There is no precision {precision!r}; choose 'auto' or 'float32'."
@@ -134,8 +142,12 @@ class Backend:
         self.precision = precision
         self.config = network.config
         self._stop = threading.Event()
-        self._network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._network = self._network.to(self.device)
+        self._network: Network
+        if isinstance(network, Program):
+            self._network = network.on(self.device)
+        else:
+            self._network = copy.deepcopy(network).eval().to(self.device)
+        self._network.requires_grad_(False)
         if self.config.ndim == 2:
             self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Between any two layers, so that a large tile on a slow CPU ends soon.
@@ -146,6 +158,8 @@ class Backend:
     def stop(self) -> None:
         """Make a running `run` end with `Cancelled` at the next layer."""
         self._stop.set()
+        if isinstance(self._network, Program):
+            self._network.stop()
 
     def _end_if_stopped(self, module: nn.Module, inputs: Any) -> None:
         if self._stop.is_set():
@@ -178,11 +192,15 @@ class Backend:
             half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
             with torch.autocast("cuda", dtype=half):
                 logits = self._network(tensor)
-        logits = logits.float()
-        one = logits.shape[1] == 1
-        probabilities = logits.sigmoid() if one else logits.softmax(dim=1)
+        probabilities = self._to_probabilities(logits.float())
         result: NDArray[np.float32] = probabilities[0].cpu().numpy()
         return result
+
+    def _to_probabilities(self, logits: Tensor) -> Tensor:
+        config = self.config
+        if isinstance(config, ProgramConfig) and config.outputs == "probabilities":
+            return logits
+        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
     def run_augmented(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """Average the probabilities over 8 flips and rotations in YX."""

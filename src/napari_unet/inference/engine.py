@@ -27,12 +27,14 @@ from napari_unet.inference.source import Source, open_source
 from napari_unet.inference.tiling import (
     Tile,
     blending_window,
+    centred_input_box,
     choose_tile_shape,
     halve_longest,
     input_box,
     round_up,
     tile_grid,
 )
+from napari_unet.network.program import ProgramConfig
 from napari_unet.network.receptive_field import receptive_field
 from napari_unet.steps import Progress
 
@@ -109,10 +111,15 @@ class Predictor:
         self.source, self.notes = open_source(image, model, axes, channels)
         self.region = self.source.full_region(region)
         self.units = list(self.source.units(self.region))
-        self.field = receptive_field(model.network.config)
+        config = model.network.config
+        self.field = receptive_field(config)
+        self._fixed: ProgramConfig | None = None  # takes inputs of one shape only
+        if isinstance(config, ProgramConfig) and config.fixed_shape:
+            self._fixed = config
+            config.check_turned(test_time_augmentation)
         self._precision = precision
         self._augment = test_time_augmentation
-        chosen = choose_device(device)
+        chosen = choose_device(device).that_runs(model.network)
         self.notes += [chosen.note] if chosen.note else []
         backend = Backend(model.network, chosen.name, precision)
         self._is_part = False
@@ -158,7 +165,9 @@ class Predictor:
         self._grid_region = self._grid.region(self._wanted)
         shape = [part.stop - part.start for part in self._grid_region]
         tile_shape = self._given_tile_shape
-        if tile_shape is None:
+        if tile_shape is None and self._fixed is not None:
+            tile_shape = self._fixed.tile_shape(shape)
+        elif tile_shape is None:
             budget = self._shared.backend.max_input_pixels
             tile_shape = choose_tile_shape(shape, self.field, budget)
         elif np.shape(tile_shape) != (self.model.ndim,) or min(tile_shape) < 1:
@@ -166,6 +175,9 @@ class Predictor:
                 f"tile_shape={tile_shape} does not name {self.model.ndim} "
                 f"positive sides for {self.source.spatial}."
             )
+        elif self._fixed is not None:
+            largest = self._fixed.tile_shape(shape)
+            tile_shape = [min(n, m) for n, m in zip(tile_shape, largest, strict=True)]
         longest = self._shared.longest_side or max(tile_shape)
         self.tile_shape = tuple(
             round_up(min(n, longest), self.field.alignment) for n in tile_shape
@@ -175,9 +187,13 @@ class Predictor:
         )
         self._overlap = (0,) * self.model.ndim
         if self.model.inexact_reason and len(self._tiles) > 1:
+            halo = round_up(max(self.field.halo), self.field.alignment)
+            overlap = (halo,) * self.model.ndim
+            if self._fixed is not None:
+                overlap = self._fixed.margins
             self._overlap = tuple(
-                min(round_up(max(self.field.halo), self.field.alignment), n // 2)
-                for n in self.tile_shape
+                min(n, side // 2)
+                for n, side in zip(overlap, self.tile_shape, strict=True)
             )
 
     @property
@@ -338,6 +354,8 @@ class Predictor:
         self, tile: Tile
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         kept = tile.grown(self._overlap, self._grid_region)
+        if self._fixed is not None:
+            return centred_input_box(kept, self._fixed)
         return input_box(kept, self.field, symmetric=self._augment)
 
     def _clear_non_finite(
@@ -364,7 +382,8 @@ class Predictor:
         shared.backend.empty_cache()
         device = shared.backend.device.type
         longest = max(tile.shape)
-        if longest > max(MIN_TILE, alignment) and tile.halved(alignment):
+        can_shrink = self._fixed is None and longest > max(MIN_TILE, alignment)
+        if can_shrink and tile.halved(alignment):
             rest = halve_longest([tile, *waiting], longest, alignment)
             waiting.clear()
             waiting.extend(rest)

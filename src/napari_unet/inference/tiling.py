@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from napari_unet.network.program import ProgramConfig
     from napari_unet.network.receptive_field import ReceptiveField
 
 
@@ -147,6 +148,30 @@ def input_box(
         stops.append(start + field.input_size(end + after - start))
         offsets.append(a - start - field.shrink)
     return tuple(starts), tuple(stops), tuple(offsets)
+
+
+def centred_input_box(
+    tile: Tile, config: ProgramConfig
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return what a network of one input shape must read to compute a tile.
+
+    Parameters
+    ----------
+    tile : Tile
+        What is wanted of the output; not larger than that.
+    config : ProgramConfig
+        With a ``fixed_shape``.
+
+    Returns
+    -------
+    start, stop, offset : tuple of int
+        As `input_box` gives them; what is more than needed lies on both sides.
+    """
+    shape, shrink = config.fixed_shape or (), config.shrink
+    spare = [(n - m) // 2 for n, m in zip(shape, tile.shape, strict=True)]
+    starts = [a - n for a, n in zip(tile.start, spare, strict=True)]
+    stops = [a + n for a, n in zip(starts, shape, strict=True)]
+    return tuple(starts), tuple(stops), tuple(n - shrink for n in spare)
 
 
 def mirror_indices(start: int, stop: int, size: int) -> NDArray[np.intp]:

@@ -18,10 +18,18 @@ from napari_unet.errors import BadModel
 from napari_unet.files.atomic import atomic_path
 from napari_unet.models.model import Model, Passport
 from napari_unet.models.safety import read_checked
-from napari_unet.network.unet import UNet, UNetConfig
+from napari_unet.network.program import (
+    Config,
+    ProgramConfig,
+    build_program,
+    config_from_dict,
+)
+from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from napari_unet.models.safety import CheckedFile
 
 FORMAT = "napari-unet 1"
 MAX_HEADER = 1_000_000  # bytes
@@ -38,13 +46,13 @@ class Header:
 
     Parameters
     ----------
-    config : UNetConfig
+    config : UNetConfig or ProgramConfig
     passport : Passport
     sha256 : str
         Identifies the model, as `model_sha256` does.
     """
 
-    config: UNetConfig
+    config: Config
     passport: Passport
     sha256: str
 
@@ -123,18 +131,33 @@ def read_model(path: str | Path) -> Model:
 
         return import_checked(path, checked)
     header, tensors = _header(path.name, checked.metadata), checked.tensors
+    if isinstance(header.config, ProgramConfig):
+        return _read_program(path.name, header, checked)
     # Built without memory first, so that a forged header cannot claim gigabytes.
     with torch.device("meta"):
         network = UNet.from_config(header.config)
     check_tensors(path.name, network, tensors)
-    if _digest(tensors, checked.metadata) != header.sha256:
-        raise BadModel(
-            f"{path.name} is damaged: its checksum does not match. Get it again."
-        )
+    _check_digest(path.name, header, checked)
     network.load_state_dict(tensors, assign=True)
     for parameter in network.parameters():
         parameter.requires_grad_(True)
     return Model(network.eval(), header.passport)
+
+
+def _read_program(file: str, header: Header, checked: CheckedFile) -> Model:
+    """Make a model of a network that runs as it is."""
+    assert isinstance(header.config, ProgramConfig)
+    _check_digest(file, header, checked)
+    try:
+        network = build_program(header.config, checked.tensors)
+    except BadModel as error:
+        raise BadModel(f"{file} cannot be used. {error}") from error
+    return Model(network, header.passport)
+
+
+def _check_digest(file: str, header: Header, checked: CheckedFile) -> None:
+    if _digest(checked.tensors, checked.metadata) != header.sha256:
+        raise BadModel(f"{file} is damaged: its checksum does not match. Get it again.")
 
 
 def read_header(path: str | Path) -> Header:
@@ -176,7 +199,7 @@ def _header(file: str, metadata: dict[str, str]) -> Header:
         )
     try:
         return Header(
-            UNetConfig.from_dict(json.loads(metadata["config"])),
+            config_from_dict(json.loads(metadata["config"])),
             Passport.model_validate_json(metadata["passport"]),
             metadata.get("sha256", ""),
         )
@@ -201,7 +224,7 @@ def model_sha256(model: Model) -> str:
     )
 
 
-def check_tensors(file: str, network: UNet, tensors: dict[str, Tensor]) -> None:
+def check_tensors(file: str, network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Raise `BadModel` unless the tensors are those of the network."""
     expected = network.state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from napari_unet.models.model import Model
+from napari_unet.network.program import ProgramConfig
+from napari_unet.network.receptive_field import inexact_reason
 from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from napari_unet.models.checkpoint import Header
     from napari_unet.models.model import Passport, TrainingRecord
     from napari_unet.models.normalize import Normalization
+    from napari_unet.network.program import Config
 
 # Those of the bundled models and of fine-tuning.
 _SCORES = {
@@ -63,25 +65,36 @@ def facts(header: Header) -> Iterator[tuple[str, str]]:
         else "",
         "Intensities": _intensities(passport.normalization),
     }
-    with torch.device("meta"):  # without memory
-        model = Model(UNet.from_config(config), passport)
-    weights = sum(weight.numel() for weight in model.network.parameters())
-    known["Network"] = (
-        f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
-        f"channels at first, {weights:,} weights"
-    )
+    known["Network"], reason = _network(config)
     split = "" if passport.split_touching else "not "
     known["Recommended"] = (
         f"threshold {passport.threshold:g}, smallest object {passport.minimal_size} "
         f"{'voxels' if config.ndim == 3 else 'pixels'}, touching objects {split}split"
     )
-    if reason := model.inexact_reason:
+    if reason:
         known["Tiles"] = f"the result depends a little on the tile size: {reason}"
     yield from ((title, text) for title, text in known.items() if text)
     for record in reversed(passport.history):
         yield "Trained", _training(record)
     if passport.citation:
         yield "Citation", passport.citation
+
+
+def _network(config: Config) -> tuple[str, str | None]:
+    """Say what a network is, and why its tiles are not exact, if they are not."""
+    if isinstance(config, ProgramConfig):
+        shape = " x ".join(map(str, config.fixed_shape or ()))
+        only = f", for images of {shape} pixels only" if shape else ""
+        text = f"{config.ndim}D, {config.title}, which runs as it is{only}"
+        return text, config.inexact_reason
+    with torch.device("meta"):  # without memory
+        network = UNet.from_config(config)
+    weights = sum(weight.numel() for weight in network.parameters())
+    text = (
+        f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
+        f"channels at first, {weights:,} weights"
+    )
+    return text, inexact_reason(network)
 
 
 def pixels(sizes: Sequence[float]) -> str:
@@ -97,11 +110,15 @@ def _intensities(how: Normalization) -> str:
     if how.method == "mean_std":
         text = "brought to mean 0 and standard deviation 1"
     elif how.method == "fixed":
-        text = f"grey values {how.lower:g} to {how.upper:g} become 0 to 1"
+        ranges = how.ranges or ((how.lower, how.upper),)
+        values = ", ".join(f"{low:g} to {high:g}" for low, high in ranges)
+        each = " of the channels" if how.ranges else ""
+        text = f"grey values {values}{each} become 0 to 1"
     else:
         text = f"percentiles {how.lower:g} to {how.upper:g} become 0 to 1"
     parts = [text, "of each plane" if how.scope == "plane" else ""]
     parts.append("all channels together" if how.joint_channels else "")
+    parts.append("cut off at fixed limits" if how.clip else "")
     return ", ".join(part for part in parts if part)
 
 

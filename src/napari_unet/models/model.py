@@ -15,9 +15,11 @@ from pydantic import (
 
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.normalize import Normalization
+from napari_unet.network.program import Program
 from napari_unet.network.receptive_field import inexact_reason
 
 if TYPE_CHECKING:
+    from napari_unet.network.program import Network
     from napari_unet.network.unet import UNet
 
 
@@ -153,7 +155,7 @@ class Passport(_Record):
 _COLORS = ("#000000", "#4daf4a", "#e41a1c", "#377eb8", "#ff7f00", "#984ea3")
 
 
-def default_passport(network: UNet) -> Passport:
+def default_passport(network: Network) -> Passport:
     """Make the passport of a network of which nothing else is known."""
     config = network.config
     count = max(config.num_classes, 2)
@@ -176,7 +178,7 @@ class Model:
 
     Parameters
     ----------
-    network : UNet
+    network : UNet or Program
     passport : Passport, optional
         Made with defaults when none is given.
 
@@ -186,7 +188,7 @@ class Model:
         If the passport describes another number of classes, channels or axes.
     """
 
-    def __init__(self, network: UNet, passport: Passport | None = None):
+    def __init__(self, network: Network, passport: Passport | None = None):
         if passport is None:
             passport = default_passport(network)
         self.network = network
@@ -207,6 +209,30 @@ class Model:
     def ndim(self) -> int:
         """2 for a network of planes, 3 for one of volumes."""
         return self.network.config.ndim
+
+    @property
+    def untrainable_reason(self) -> str:
+        """Why it can be neither fine-tuned nor rebuilt elsewhere, "" if it can."""
+        if isinstance(self.network, Program):
+            return (
+                f"The model {self.passport.name!r} is {self.network.config.title}, "
+                "which runs as it is: its layers cannot be changed. Choose a model "
+                "whose network is one of our own U-Nets."
+            )
+        return ""
+
+    @property
+    def unet(self) -> UNet:
+        """The network where it is to be trained or rebuilt.
+
+        Raises
+        ------
+        BadModel
+            If it only runs as it is; see `untrainable_reason`.
+        """
+        if isinstance(self.network, Program):
+            raise BadModel(self.untrainable_reason)
+        return self.network
 
     @property
     def inexact_reason(self) -> str | None:

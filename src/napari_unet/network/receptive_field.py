@@ -235,9 +235,10 @@ def inexact_reason(network: nn.Module) -> str | None:
         A clause such as "it uses instance normalisation, …", or None if tiles
         with the right halo are exact.
     """
+    if isinstance(network, Program):
+        return network.config.inexact_reason
     if not isinstance(network, UNet):
-        title = network.title if isinstance(network, Program) else "a foreign network"
-        return f"it is {title}, which runs as it is, and its context is not known"
+        return "its structure is foreign, so that its context is not known"
     config = network.config
     if config.norm in ("group", "instance"):
         return (

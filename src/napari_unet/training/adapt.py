@@ -58,7 +58,7 @@ def adapted_copy(
     notes : list of str
         What was replaced, in words.
     """
-    old = model.network.config
+    old = model.unet.config
     channels = count_channels(annotations, old.in_channels)
     outputs = _count_outputs(annotations, old.num_classes, highest_class)
     dropout = old.dropout

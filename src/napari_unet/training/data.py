@@ -113,7 +113,7 @@ def prepare_steps(
     notes += list(dict.fromkeys(note for one in opened for note in one.notes))
     sides = np.max([[axis.target for axis in one.grid] for one in opened], axis=0)
     plan = choose_plan(
-        adapted.network.config,
+        adapted.unet.config,
         sides.tolist(),
         settings,
         _augmentation(settings, adapted.passport.pixel_size),

@@ -327,7 +327,7 @@ def _finish_steps(
     if diameter is None and data.diameters:
         diameter = round(float(np.median(data.diameters)), 1)
     with torch.random.fork_rng(devices=[]):  # building draws weights
-        network = UNet.from_config(data.model.network.config)
+        network = UNet.from_config(data.model.unet.config)
     network.load_state_dict(best.weights)
     changes = {
         "name": name or f"{passport.name} (fine-tuned)",

@@ -94,7 +94,7 @@ class Training:
         self._saved_at = time.monotonic()
         self._identity: dict[str, Any] = {}
         self._patches = Patches(data.images, data.plan, settings.seed)
-        self.network = data.model.network.to(device)
+        self.network = data.model.unet.to(device)
         if data.model.ndim == 2:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._frozen = []

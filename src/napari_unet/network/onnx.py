@@ -1,0 +1,220 @@
+"""ONNX networks, run by onnxruntime."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from napari_unet.errors import BadModel, Cancelled
+from napari_unet.network.program import Program, ProgramConfig
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+# Those that run a graph, the preferred one first.
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+_FATAL = 4  # of onnxruntime's severities: nothing of less is printed
+_MEMORY = 0.75  # of the computer's, which all graphs together may take
+_NO_MEMORY = ("Failed to allocate memory", "smaller than requested bytes", "bad_alloc")
+_STOPPED = "terminate flag"
+
+
+class OnnxProgram(Program):
+    """An ONNX graph; what is in it is checked before, by `napari_unet.models.onnx`.
+
+    Parameters
+    ----------
+    config : ProgramConfig
+        Its setting "output" is the name of what is taken of the graph's outputs.
+    graph : uint8 Tensor of shape (bytes,)
+        The content of the file.
+    device : str
+        "cpu", or "cuda" where onnxruntime has it.
+
+    Raises
+    ------
+    BadModel
+        If onnxruntime is missing or refuses the graph.
+    """
+
+    graph: Tensor
+
+    def __init__(self, config: ProgramConfig, graph: Tensor, device: str = "cpu"):
+        super().__init__(config)
+        if graph.dtype != torch.uint8 or graph.ndim != 1:
+            raise BadModel("Its ONNX graph is damaged. Get the file again.")
+        self.register_buffer("graph", graph)
+        self._session = open_session(graph.numpy().tobytes(), device)
+        self._input = self._session.get_inputs()[0].name
+        self._run_options = import_onnxruntime().RunOptions()
+        self._run_options.log_severity_level = _FATAL
+        # Give the memory back after each tile, as torch does.
+        self._run_options.add_run_config_entry(
+            "memory.enable_memory_arena_shrinkage", "cpu:0"
+        )
+
+    @classmethod
+    def of_tensors(
+        cls, config: ProgramConfig, tensors: dict[str, Tensor]
+    ) -> OnnxProgram:
+        """Make it of its ``state_dict``."""
+        if tensors.keys() != {"graph"}:
+            raise BadModel("It holds no ONNX graph, or more. Get the file again.")
+        return cls(config, tensors["graph"])
+
+    def on(self, device: torch.device) -> OnnxProgram:
+        """Return a copy with a session of its own; the graph itself is shared."""
+        return OnnxProgram(self.config, self.graph, device.type).eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxProgram:
+        return self.on(torch.device("cpu"))
+
+    def problem_on(self, kind: str) -> str:
+        """Say why it cannot run on "cuda" or "mps", "" if it can."""
+        wanted = _PROVIDERS.get(kind, [""])[0]
+        if wanted in import_onnxruntime().get_available_providers():
+            return ""
+        advice = " To use the GPU, install onnxruntime-gpu instead of it."
+        return (
+            "This model is an ONNX network, which the installed onnxruntime runs on "
+            f"the CPU only.{advice if kind == 'cuda' else ''}"
+        )
+
+    def stop(self) -> None:
+        """Make a running `forward` end at the next layer, with `Cancelled`."""
+        self._run_options.terminate = True
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Run the graph; see `Program.forward`.
+
+        Raises
+        ------
+        BadModel
+            If it fails, or gives something else than was announced.
+        Cancelled
+            After `stop`.
+        MemoryError
+            If memory ran out.
+        """
+        config = self.config
+        pixels = {self._input: image.float().cpu().contiguous().numpy()}
+        try:
+            (result,) = self._session.run(
+                [config.option("output")], pixels, self._run_options
+            )
+        except Exception as error:  # of many classes, that share no other base
+            raise _translated(error) from error
+        found = torch.from_numpy(result)
+        sides = [side - 2 * config.shrink for side in image.shape[2:]]
+        wanted = (image.shape[0], config.num_classes, *sides)
+        if found.dtype != torch.float32 or found.shape != wanted:
+            raise BadModel(
+                f"The ONNX network gave {found.dtype} of shape {tuple(found.shape)} "
+                f"instead of float32 of shape {wanted}: it does not take images of "
+                f"{' x '.join(map(str, image.shape[2:]))} pixels. Export it again with "
+                "a fixed input size."
+            )
+        return found.to(image.device)
+
+
+def import_onnxruntime() -> ModuleType:
+    """Import onnxruntime, which is optional.
+
+    Raises
+    ------
+    BadModel
+        If it is not installed, or does not work.
+    """
+    try:
+        import onnxruntime
+    except Exception as error:  # a broken installation raises anything
+        raise BadModel(
+            "It is an ONNX network, which needs onnxruntime"
+            + (
+                ": it is not installed. Install it: "
+                if isinstance(error, ModuleNotFoundError)
+                else f", and that does not work here ({error}). Install it again: "
+            )
+            + 'pip install "napari-unet[onnx]".'
+        ) from error
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+@cache
+def _limit_memory() -> None:
+    """Give the graphs of this process one store of memory, which has an end."""
+    onnxruntime = import_onnxruntime()
+    onnxruntime.disable_telemetry_events()
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    info = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    most = int(_MEMORY * psutil.virtual_memory().total)
+    as_requested = 1  # its growth: no more than is asked for
+    limits = {"max_mem": most, "arena_extend_strategy": as_requested}
+    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(limits))
+
+
+def open_session(graph: bytes, device: str = "cpu") -> Any:
+    """Open a graph without computing anything.
+
+    Parameters
+    ----------
+    graph : bytes
+        The content of an ONNX file.
+    device : str
+        "cpu" or "cuda".
+
+    Returns
+    -------
+    onnxruntime.InferenceSession
+
+    Raises
+    ------
+    BadModel
+        If onnxruntime is missing or refuses the graph.
+    """
+    onnxruntime = import_onnxruntime()
+    _limit_memory()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    try:
+        return onnxruntime.InferenceSession(
+            graph,
+            options,
+            providers=_PROVIDERS[device],
+            # A hostile graph has constants that are computed, and huge.
+            disabled_optimizers=["ConstantFolding"],
+        )
+    except Exception as error:
+        raise BadModel(
+            f"onnxruntime refuses the ONNX network ({_reason(error)}). Get the file "
+            "again, or export it again for this version of onnxruntime."
+        ) from error
+
+
+def _translated(error: Exception) -> Exception:
+    """Say in our errors what went wrong in a run."""
+    text = str(error)
+    if _STOPPED in text:
+        return Cancelled("The computation was stopped.")
+    if any(sign in text for sign in _NO_MEMORY):
+        return MemoryError("onnxruntime has no more memory")
+    return BadModel(
+        f"The ONNX network failed ({_reason(error)}). Export it again with a fixed "
+        "input size, or ask for its PyTorch weights."
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].removeprefix("[ONNXRuntimeError] : ")[:200].rstrip(".")

@@ -1,0 +1,250 @@
+"""Networks that run as they are: by onnxruntime, or by the library that made them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from torch import Tensor, nn
+
+from napari_unet.errors import BadInput, BadModel
+from napari_unet.network.unet import UNet, UNetConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+Kind = Literal["onnx", "smp"]
+Outputs = Literal["logits", "probabilities"]
+Settings = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class ProgramConfig:
+    """What is known of a network whose layers are not ours; JSON-able.
+
+    Parameters
+    ----------
+    kind : "onnx" or "smp"
+        What runs it.
+    in_channels : int
+        Channels of the image.
+    num_classes : int
+        Output channels.
+    ndim : 2 or 3
+        Spatial dimensions.
+    alignment : int
+        Legal sides are multiples of it.
+    minimum : int
+        The smallest legal side.
+    fixed_shape : tuple of int or None
+        The only legal sides, where there is one choice only.
+    shrink : int
+        Pixels that the output lacks on each side; only with ``fixed_shape``.
+    halo : int
+        Pixels of context that tiles get on each side, and over which they are
+        blended.
+    outputs : "logits" or "probabilities"
+        Whether a sigmoid or softmax is part of the network.
+    base_channels : int
+        Channels of its maps at full size, for estimates of memory.
+    settings : tuple of (str, value)
+        What rebuilds the network, apart from its tensors; see `option`.
+
+    Raises
+    ------
+    BadModel
+        If the values do not describe a network.
+    """
+
+    kind: Kind
+    in_channels: int
+    num_classes: int
+    ndim: int = 2
+    alignment: int = 1
+    minimum: int = 1
+    fixed_shape: tuple[int, ...] | None = None
+    shrink: int = 0
+    halo: int = 0
+    outputs: Outputs = "logits"
+    base_channels: int = 64
+    settings: Settings = ()
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("in_channels", 1, 4096),
+            ("num_classes", 1, 4096),
+            ("ndim", 2, 3),
+            ("alignment", 1, 1024),
+            ("minimum", 1, 4096),
+            ("shrink", 0, 4096),
+            ("halo", 0, 1024),
+            ("base_channels", 1, 4096),
+        ):
+            value = getattr(self, name)
+            self._check(type(value) is int and least <= value <= most, name)
+        self._check(self.kind in get_args(Kind), "kind")
+        self._check(self.outputs in get_args(Outputs), "outputs")
+        fixed = self.fixed_shape
+        if fixed is None:
+            self._check(self.shrink == 0, "shrink")
+        else:
+            fits = isinstance(fixed, tuple) and len(fixed) == self.ndim
+            sides = all(type(n) is int and 2 * self.shrink < n <= 65536 for n in fixed)
+            self._check(fits and sides, "fixed_shape")
+
+    def _check(self, holds: bool, name: str) -> None:
+        if not holds:
+            value = repr(getattr(self, name))[:80]
+            raise BadModel(f"A network cannot have {name}={value}. Get the file again.")
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """Return one of the settings; lists are tuples."""
+        return dict(self.settings).get(name, default)
+
+    @property
+    def title(self) -> str:
+        """What it is, with its article."""
+        if self.kind == "onnx":
+            return "an ONNX network"
+        return "a network of segmentation_models_pytorch"
+
+    @property
+    def inexact_reason(self) -> str:
+        """Why its tiles do not agree with the whole image, as a clause."""
+        return f"it is {self.title}, and how much context its tiles need is not known"
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Sides of the output of a network of one shape."""
+        return tuple(side - 2 * self.shrink for side in self.fixed_shape or ())
+
+    @property
+    def margins(self) -> tuple[int, ...]:
+        """Overlap of the tiles of a network of one shape; as much again is context."""
+        return tuple(min(self.halo, side // 8) for side in self.output_shape)
+
+    def tile_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the tiles of a network of one shape, for an image of some sides."""
+        sides = zip(shape, self.output_shape, self.margins, strict=True)
+        return tuple(m if n <= m else m - 4 * margin for n, m, margin in sides)
+
+    def check_turned(self, is_turned: bool) -> None:
+        """Raise `BadInput` if tiles would be turned that have to lie as they are."""
+        if is_turned and self.fixed_shape and len({*self.fixed_shape[-2:]}) > 1:
+            height, width = self.fixed_shape[-2:]
+            raise BadInput(
+                f"The model takes images of {height} x {width} pixels only, which "
+                "cannot be turned: switch the averaging of turned images off."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain data."""
+        return asdict(self) | {"settings": dict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild a configuration; raise `BadModel` on what it cannot be."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        settings = values.get("settings", {})
+        if unknown or not isinstance(settings, dict):
+            raise BadModel(
+                f"The network configuration has unknown entries {sorted(unknown)}; "
+                "the file was probably written by a newer napari-unet. Update it."
+            )
+        values = {name: _frozen(value) for name, value in values.items()}
+        return cls(**values | {"settings": settings_of(settings)})
+
+
+def settings_of(values: dict[str, Any]) -> Settings:
+    """Return settings in the form in which a `ProgramConfig` keeps them."""
+    return tuple((name, _frozen(value)) for name, value in values.items())
+
+
+def _frozen(value: Any) -> Any:
+    """Make tuples of lists, also in lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+class Program(nn.Module):
+    """A network that runs as it is; it segments, but it cannot be trained here.
+
+    Its ``state_dict`` and its config are all that a file needs of it.
+
+    Parameters
+    ----------
+    config : ProgramConfig
+    """
+
+    def __init__(self, config: ProgramConfig):
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute what the network gives, which ``config.outputs`` names.
+
+        Parameters
+        ----------
+        image : float32 Tensor of shape (batch, in_channels, *spatial)
+            Of legal sides.
+
+        Returns
+        -------
+        float32 Tensor of shape (batch, num_classes, *spatial)
+            Smaller by ``config.shrink`` on each side.
+        """
+
+    @abstractmethod
+    def on(self, device: torch.device) -> Program:
+        """Return a copy that is ready on a device; this one is left as it is."""
+
+    def problem_on(self, kind: str) -> str:
+        """Say why it cannot run on "cuda" or "mps", "" if it can."""
+        del kind
+        return ""
+
+    def stop(self) -> None:
+        """Make a running `forward` end soon, with `Cancelled`; also those to come."""
+
+
+Network = UNet | Program
+Config = UNetConfig | ProgramConfig
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Rebuild the configuration of any network; raise `BadModel` if it is none."""
+    if "kind" in values:
+        return ProgramConfig.from_dict(values)
+    return UNetConfig.from_dict(values)
+
+
+def build_program(config: ProgramConfig, tensors: dict[str, Tensor]) -> Program:
+    """Make a program of its configuration and its tensors.
+
+    Parameters
+    ----------
+    config : ProgramConfig
+        As its file says.
+    tensors : dict
+        Its ``state_dict``, on the CPU.
+
+    Returns
+    -------
+    Program
+        In evaluation mode.
+
+    Raises
+    ------
+    BadModel
+        If they do not fit each other, or the library that runs it is missing.
+    """
+    if config.kind == "onnx":
+        from napari_unet.network.onnx import OnnxProgram
+
+        return OnnxProgram.of_tensors(config, tensors).eval()
+    from napari_unet.network.smp import SmpProgram
+
+    return SmpProgram.of_tensors(config, tensors).eval()
