@@ -54,9 +54,15 @@ class ModelsDesk:
     def choose(self, name: str, kind: str = "model") -> None:
         self.tree.setCurrentItem(self.tree._find((kind, name)))
 
+    def import_by(self, text: str) -> None:
+        """Choose an entry of the menu of Import…"""
+        assert self.button("Import…").isEnabled()
+        menu = self.button("Import…").menu()
+        next(action for action in menu.actions() if action.text() == text).trigger()
+
     def work(self) -> None:
         """Wait until nothing is being done."""
-        self.qtbot.waitUntil(lambda: not self.dock._busy, timeout=30_000)
+        self.qtbot.waitUntil(lambda: not self.dock._work.busy, timeout=30_000)
         loading = self.segment._chooser
         self.qtbot.waitUntil(lambda: not loading.loading, timeout=30_000)
 
@@ -81,7 +87,7 @@ class ModelsDesk:
 
     @property
     def status(self) -> str:
-        return self.dock._status.text()
+        return self.dock._work.status.text()
 
     @property
     def passport(self) -> str:
@@ -212,7 +218,7 @@ def test_remove_and_undo(models_desk):
     assert desk.names == {"bright": {"mine": {}}, "nuclei": {}}
     assert desk.chosen == desk.session.source == desk.tree.chosen == "bright"
     assert desk.session.model is model
-    assert not desk.dock._undo_button.isVisible()
+    assert not desk.dock._work.button.isVisible()
 
 
 def test_a_removed_model_is_restored_from_the_list(models_desk):
@@ -232,7 +238,7 @@ def test_import_and_export_through_the_dialogs(models_desk, tmp_path, monkeypatc
     file = save_model(weak_model(), tmp_path / "from others.safetensors")
     before = file.read_bytes()
     monkeypatch.setattr(QFileDialog, "getOpenFileName", lambda *_: (str(file), ""))
-    desk.click("Import…")
+    desk.import_by("File…")
     desk.work()
     assert desk.tree.chosen == "from others"
     assert "from others" in desk.offered
@@ -375,11 +381,11 @@ def test_a_real_checkpoint_of_others_finds_nuclei(models_desk, shared_data):
     assert "nucleus (objects)" in desk.passport
     desk.click("Use")
     desk.work()
-    job, before = desk.segment._job, len(desk.viewer.layers)
+    job = desk.segment._job
     desk.qtbot.waitUntil(job.start.isEnabled)
     job.start.click()
-    desk.qtbot.waitUntil(lambda: len(desk.viewer.layers) > before, timeout=60_000)
-    assert 40 < len(np.unique(desk.viewer.layers[-1].data)) < 100
+    desk.qtbot.waitUntil(lambda: "nuclei objects" in desk.viewer.layers, timeout=60_000)
+    assert 40 < len(np.unique(desk.viewer.layers["nuclei objects"].data)) < 100
 
 
 def test_removing_the_base_of_a_new_network_changes_nothing(tune_desk):

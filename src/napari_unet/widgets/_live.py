@@ -179,7 +179,9 @@ class Previews:
         self._layers.hide()
 
 
-def limit_preview(region: dict[str, slice], plane: int) -> dict[str, slice]:
+def limit_preview(
+    region: dict[str, slice], plane: int, most: int = LARGEST_PREVIEW
+) -> dict[str, slice]:
     """Shrink what the canvas shows to what is segmented in a moment.
 
     Parameters
@@ -188,6 +190,8 @@ def limit_preview(region: dict[str, slice], plane: int) -> dict[str, slice]:
         By axis letter; without Y and X the image is small, and seen whole.
     plane : int
         Around which planes are kept; of Y and X the centre is.
+    most : int
+        Pixels that are kept.
     """
     if not {"Y", "X"} <= region.keys():
         return region
@@ -196,8 +200,8 @@ def limit_preview(region: dict[str, slice], plane: int) -> dict[str, slice]:
         limited["Z"] = _shrink(limited["Z"], plane, _DEEPEST_PREVIEW)
     sizes = {axis: part.stop - part.start for axis, part in limited.items()}
     pixels = sizes.get("Z", 1) * sizes["Y"] * sizes["X"]
-    if pixels > LARGEST_PREVIEW:
-        factor = (LARGEST_PREVIEW / pixels) ** 0.5
+    if pixels > most:
+        factor = (most / pixels) ** 0.5
         for axis in "YX":
             part = limited[axis]
             size = max(1, int(sizes[axis] * factor))

@@ -15,6 +15,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_unet.errors import BadInput
 from napari_unet.widgets._dock import form_rows, narrow
 
 if TYPE_CHECKING:
@@ -39,10 +40,17 @@ class FactsForm(QWidget):
     ----------
     on_save : callable
         Gets the changed fields of the passport.
+    on_change : callable
+        Called when other facts are shown or one is changed.
     """
 
-    def __init__(self, on_save: Callable[[dict[str, Any]], None]):
+    def __init__(
+        self,
+        on_save: Callable[[dict[str, Any]], None],
+        on_change: Callable[[], None],
+    ):
         super().__init__()
+        self._on_change = on_change
         self._passport: Passport | None = None
         self._shown: dict[str, Any] = {}
         self._why_not = ""
@@ -81,6 +89,7 @@ class FactsForm(QWidget):
         self._rows = rows
         rows.setEnabled(not why_not)
         self.refresh()
+        self._on_change()
 
     def set_why_not(self, why_not: str) -> None:
         """Allow changes, or say why there cannot be any now."""
@@ -93,6 +102,11 @@ class FactsForm(QWidget):
         problem = self._why_not or self._problem()
         self.save.setEnabled(not problem)
         self.save.setToolTip(problem or "Into the copy in the library.")
+
+    def _changed(self, *_: object) -> None:
+        self.refresh()
+        if self._passport is not None:  # else it is being filled
+            self._on_change()
 
     # --- building -------------------------------------------------------------
 
@@ -121,6 +135,15 @@ class FactsForm(QWidget):
             "Of a typical object in the images that it was trained on.",
         )
         self._brightness_rows(form, passport)
+        self._threshold = QDoubleSpinBox()
+        self._threshold.setRange(0.01, 0.99)
+        self._threshold.setSingleStep(0.05)
+        self._threshold.setValue(passport.threshold)
+        self._threshold.setToolTip(
+            "Probability above which a pixel belongs to an object. Less finds more."
+        )
+        self._threshold.valueChanged.connect(self._changed)
+        form.addRow("Threshold", self._threshold)
         self._description = self._text(
             form, "About", passport.description, "What it is for, in a sentence."
         )
@@ -140,8 +163,8 @@ class FactsForm(QWidget):
         for key, text in KINDS.items():
             kind.addItem(text, key)
         kind.setCurrentIndex(kind.findData(info.kind))
-        name.textChanged.connect(lambda _: self.refresh())
-        kind.currentIndexChanged.connect(lambda _: self.refresh())
+        name.textChanged.connect(self._changed)
+        kind.currentIndexChanged.connect(self._changed)
         row = QHBoxLayout()
         row.addWidget(name, stretch=1)
         row.addWidget(kind, stretch=1)
@@ -164,7 +187,7 @@ class FactsForm(QWidget):
         row = QHBoxLayout()
         for spin, what in ((self._low, "0"), (self._high, "1")):
             spin.setToolTip(f"What becomes {what}.\n{tip}")
-            spin.valueChanged.connect(lambda _: self.refresh())
+            spin.valueChanged.connect(self._changed)
             row.addWidget(spin, stretch=1)
         form.addRow("from, to", row)
         self._on_method(keep=True)
@@ -173,7 +196,7 @@ class FactsForm(QWidget):
         line = QLineEdit(text)
         line.setCursorPosition(0)
         line.setToolTip(tip)
-        line.textChanged.connect(lambda _: self.refresh())
+        line.textChanged.connect(self._changed)
         form.addRow(title, line)
         return line
 
@@ -184,7 +207,7 @@ class FactsForm(QWidget):
         spin.setSuffix(unit)
         spin.setSpecialValueText("not known")
         spin.setToolTip(tip)
-        spin.valueChanged.connect(lambda _: self.refresh())
+        spin.valueChanged.connect(self._changed)
         form.addRow(title, spin)
         return spin
 
@@ -197,9 +220,23 @@ class FactsForm(QWidget):
                 spin.setValue(value)
         for spin in (self._low, self._high):
             spin.setEnabled(method != "mean_std")
-        self.refresh()
+        self._changed()
 
     # --- values -----------------------------------------------------------------
+
+    def facts(self) -> Passport:
+        """Return the passport as the form has it now.
+
+        Raises
+        ------
+        BadInput
+            If no model is shown, or a value cannot be.
+        """
+        problem = self._mistake()
+        if self._passport is None or problem:
+            raise BadInput(problem)
+        known = self._passport.model_dump() | self.changes()
+        return type(self._passport).model_validate(known)
 
     def changes(self) -> dict[str, Any]:
         """Return the fields of the passport that the user has changed."""
@@ -230,12 +267,13 @@ class FactsForm(QWidget):
             "pixel_size": tuple(sizes) if all(sizes) else None,
             "object_diameter": self._diameter.value() or None,
             "normalization": how,
+            "threshold": self._threshold.value(),
             "description": self._description.text().strip(),
             "citation": self._citation.text().strip(),
         }
 
-    def _problem(self) -> str:
-        """Say why nothing can be saved, "" if something can."""
+    def _mistake(self) -> str:
+        """Say which values cannot be, "" if all can."""
         if self._passport is None:
             return "No model is chosen."
         if self._method.currentData() != "mean_std":
@@ -249,7 +287,11 @@ class FactsForm(QWidget):
             bool(self._depth.value()) != bool(self._size.value())
         ):
             return "Give both the plane distance and the pixel size, or neither."
-        return "" if self.changes() else "Nothing was changed."
+        return ""
+
+    def _problem(self) -> str:
+        """Say why nothing can be saved, "" if something can."""
+        return self._mistake() or "Nothing was changed." * (not self.changes())
 
 
 class _Number(QDoubleSpinBox):

@@ -178,6 +178,14 @@ class FollowUp(QObject):
         """Compute soon."""
         self._timer.start()
 
+    @while_alive
+    def cancel(self) -> None:
+        """Compute nothing more until the next request."""
+        self._timer.stop()
+        self._again = False
+        if self._worker is not None:
+            self._worker.quit()
+
     @property
     def is_busy(self) -> bool:
         """Whether a result is still to come."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error
-from qtpy.QtCore import Qt, QTimer
+from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QPushButton, QSizePolicy
 from superqt import QCollapsible
 
@@ -24,18 +24,23 @@ from napari_unet.models.library import (
 from napari_unet.models.trash import list_removed, remove_model, restore_model
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
-from napari_unet.widgets._dock import Dock, text_label, while_alive
-from napari_unet.widgets._model_chooser import CHECKPOINTS
+from napari_unet.widgets._dock import Dock, while_alive
 from napari_unet.widgets._models_facts import FactsForm
+from napari_unet.widgets._models_import import (
+    AddressRow,
+    ImportButton,
+    dropped,
+)
 from napari_unet.widgets._models_passport import PassportView
+from napari_unet.widgets._models_preview import FactsPreview
 from napari_unet.widgets._models_tree import ModelTree
-from napari_unet.widgets._worker import start_worker
+from napari_unet.widgets._models_work import WorkRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     import napari.viewer
-    from qtpy.QtGui import QShowEvent
+    from qtpy.QtGui import QDragEnterEvent, QDropEvent, QHideEvent, QShowEvent
 
     from napari_unet.models.family import Entry
     from napari_unet.models.model import Model
@@ -49,7 +54,7 @@ class ModelsWidget(Dock):
     Parameters
     ----------
     viewer : napari.viewer.Viewer
-        Not needed; napari gives it to every dock.
+        Its image is previewed while facts are told.
     session : Session, optional
         The model shared with the other docks.
     """
@@ -62,60 +67,56 @@ class ModelsWidget(Dock):
         super().__init__()
         self._session = session
         self._entry: Entry | None = None  # that is shown
-        self._busy = ""  # what is being done
-        self._undo: Callable[[], None] | None = None
-        self._build()
+        self._waiting: list[str] = []  # to be imported
+        self._build(viewer)
+        self.setAcceptDrops(True)
         session.events.model.connect(self._on_session)
         session.library_changed.connect(self._on_session)
         self.refresh(session.source)
 
     # --- building -------------------------------------------------------------
 
-    def _build(self) -> None:
+    def _build(self, viewer: napari.viewer.Viewer) -> None:
         self._tree = ModelTree(self._on_choice, self._rename)
         self.column.addWidget(self._tree)
-        self._import = QPushButton("Import…")
-        self._export = QPushButton("Export…")
-        self._name = QPushButton("Rename")
-        self._remove = QPushButton("Remove")
-        row = QHBoxLayout()
-        for button in (self._import, self._export, self._name, self._remove):
-            button.setMinimumWidth(0)
-            button.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
-            row.addWidget(button)
-        self.column.addLayout(row)
+        self.column.addLayout(self._buttons())
+        self._address = AddressRow(self.import_file)
+        self.column.addWidget(self._address)
         self._use = QPushButton("Use")
         self._use.setMinimumHeight(36)
         font = self._use.font()
         font.setBold(True)
         self._use.setFont(font)
+        self._use.clicked.connect(lambda: self._load(self._tree.chosen))
         self.column.addWidget(self._use)
-        self.column.addLayout(self._status_row())
+        self._work = WorkRow(self._refresh_buttons)
+        self._work.say("Choose a model: Use hands it to the other docks.")
+        self.column.addWidget(self._work)
         self._passport = PassportView()
         self.column.addWidget(self._passport)
-        self._form = FactsForm(self._correct)
+        self._preview = FactsPreview(viewer, lambda: self._form.facts())
+        self._form = FactsForm(self._correct, self._preview.request)
         self._fold = QCollapsible("Facts")
         self._fold.setToolTip("Tell what the file of an imported model does not say.")
+        self._fold.addWidget(self._preview)
         self._fold.addWidget(self._form)
+        self._fold.toggled.connect(self._preview.open)
         self.column.addWidget(self._fold)
         self.column.addStretch(1)
-        self._use.clicked.connect(lambda: self._load(self._tree.chosen))
-        self._import.clicked.connect(lambda: self._browse_import())
+
+    def _buttons(self) -> QHBoxLayout:
+        self._import = ImportButton(self.import_file, lambda: self._address.ask())
+        self._export = QPushButton("Export…")
+        self._name = QPushButton("Rename")
+        self._remove = QPushButton("Remove")
         self._export.clicked.connect(lambda: self._browse_export())
         self._name.clicked.connect(lambda: self._tree.edit_name())
         self._remove.clicked.connect(lambda: self._remove_or_restore())
-
-    def _status_row(self) -> QHBoxLayout:
-        self._status = text_label(lines=2)
-        self._undo_button = QPushButton("Undo")
-        policy = self._undo_button.sizePolicy()
-        policy.setRetainSizeWhenHidden(True)
-        self._undo_button.setSizePolicy(policy)
-        self._undo_button.clicked.connect(lambda: self._take_back())
-        self._say("Choose a model: Use hands it to the other docks.")
         row = QHBoxLayout()
-        row.addWidget(self._status, stretch=1)
-        row.addWidget(self._undo_button, alignment=Qt.AlignmentFlag.AlignTop)
+        for button in (self._import, self._export, self._name, self._remove):
+            button.setMinimumWidth(0)
+            button.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+            row.addWidget(button)
         return row
 
     # --- showing --------------------------------------------------------------
@@ -124,6 +125,12 @@ class ModelsWidget(Dock):
         """Other programs may have changed the library meanwhile."""
         super().showEvent(event)
         self.refresh()
+        self._preview.open(self._fold.isExpanded())
+
+    def hideEvent(self, event: QHideEvent | None) -> None:
+        """Leave nothing of the preview in the viewer."""
+        super().hideEvent(event)
+        self._preview.open(False)
 
     def refresh(self, wanted: str = "") -> None:
         """Show the library as it is now.
@@ -159,8 +166,15 @@ class ModelsWidget(Dock):
     def _show(self, entry: Entry | None) -> None:
         header = None if entry is None else entry.header
         self._passport.show_entry(entry)
+        self._preview.show_entry(entry)
         self._form.show_facts(header, self._why_not_changed())
         QTimer.singleShot(0, self._fit_fold)
+
+    @while_alive
+    def _show_form(self) -> None:
+        """Scroll to the form that is to be filled in."""
+        self.ensureWidgetVisible(self._form.save)
+        self.ensureWidgetVisible(self._fold)
 
     @while_alive
     def _fit_fold(self) -> None:
@@ -170,8 +184,8 @@ class ModelsWidget(Dock):
 
     def _why_not_changed(self) -> str:
         """Say why the chosen model cannot be renamed, removed or corrected."""
-        if self._busy:
-            return self._busy
+        if self._work.busy:
+            return self._work.busy
         if self._tree.chosen_removed:
             return "It was removed: restore it first."
         name = self._tree.chosen
@@ -181,7 +195,7 @@ class ModelsWidget(Dock):
 
     def _refresh_buttons(self) -> None:
         name, entry = self._tree.chosen, self._entry
-        missing = self._busy or ("" if name else "Choose a model of the library.")
+        missing = self._work.busy or ("" if name else "Choose a model of the library.")
         broken = "" if entry is None else entry.problem
         in_use = name and name == self._session.source
         _enable(
@@ -189,7 +203,7 @@ class ModelsWidget(Dock):
             missing or broken or ("It is in use." if in_use else ""),
             "Segment, Fine-tune and Batch go on with it.",
         )
-        _enable(self._import, self._busy, "Copy a checkpoint into the library.")
+        _enable(self._import, self._work.busy, "Copy a checkpoint into the library.")
         _enable(
             self._export, missing or broken, "Save it as a file, to pass it on or keep."
         )
@@ -197,13 +211,15 @@ class ModelsWidget(Dock):
         _enable(self._name, why_not, "Type another name for it in the list (F2).")
         if self._tree.chosen_removed:
             self._remove.setText("Restore")
-            _enable(self._remove, self._busy, "Bring it back into the library.")
+            _enable(self._remove, self._work.busy, "Bring it back into the library.")
         else:
             self._remove.setText("Remove")
             tip = "Put it into the trash of the library, which keeps it for 30 days."
             _enable(self._remove, why_not, tip)
         self._form.set_why_not(why_not or broken)
-        self._undo_button.setVisible(self._undo is not None and not self._busy)
+        self._address.set_why_not(self._work.busy)
+        if self._waiting and not self._work.busy:
+            QTimer.singleShot(0, self._import_next)
 
     # --- what takes time ------------------------------------------------------
 
@@ -211,31 +227,42 @@ class ModelsWidget(Dock):
         def show(model: Model) -> None:
             self._session.source = name
             self._session.model = model
-            self._say(f"{name!r} is used now, also in the other docks.")
+            self._work.say(f"{name!r} is used now, also in the other docks.")
             self.refresh(name)
 
-        self._work(f"Loading {name!r}", lambda: load_model(name), show)
+        self._do(f"Loading {name!r}", lambda: load_model(name), show)
 
-    def import_file(self, path: str) -> None:
-        """Copy a checkpoint into the library.
+    def import_file(self, source: str) -> None:
+        """Copy a model into the library, as soon as nothing else is being done.
 
         Parameters
         ----------
-        path : str
-            Of the file.
+        source : str
+            Path of a file or folder, or a web address.
         """
+        self._waiting.append(source)
+        self._import_next()
+
+    @while_alive
+    def _import_next(self) -> None:
+        if not self._waiting or self._work.busy:
+            return
+        source = self._waiting.pop(0)
 
         def show(name: str) -> None:
             self._session.library_changed.emit("", name)
             self.refresh(name)
-            self._say(f"{Path(path).name} is in the library as {name!r}.")
+            self._work.say(f"{Path(source).name} is in the library as {name!r}.")
             entry = self._entry
             if entry is not None and entry.header is not None:
                 if not entry.header.passport.history:  # nobody has told of it
                     self._fold.expand(animate=False)
-                    self._say(f"{name!r} is in the library. Check its facts below.")
+                    QTimer.singleShot(0, self._show_form)
+                    self._work.say(
+                        f"{name!r} is in the library. Check its facts below."
+                    )
 
-        self._work(f"Importing {Path(path).name}", lambda: import_model(path), show)
+        self._do(f"Importing {Path(source).name}", lambda: import_model(source), show)
 
     def export_file(self, name: str, path: str) -> None:
         """Copy a model out of the library, over a file that may be there.
@@ -247,65 +274,49 @@ class ModelsWidget(Dock):
         path : str
             Of the file.
         """
-        self._work(
+        self._do(
             f"Exporting {name!r}",
             lambda: export_model(name, path, overwrite=True),
-            lambda written: self._say(f"{name!r} was saved as {written}."),
+            lambda written: self._work.say(f"{name!r} was saved as {written}."),
         )
 
     def _correct(self, changes: dict[str, Any]) -> None:
         name = self._tree.chosen
 
         def show(_: None) -> None:
-            self._say(f"The facts of {name!r} are saved.")
+            self._work.say(f"The facts of {name!r} are saved.")
             if self._session.source == name:
                 self._load(name)
             else:
                 self._session.library_changed.emit(name, name)
 
-        self._work(f"Saving {name!r}", lambda: correct_model(name, changes), show)
+        self._do(f"Saving {name!r}", lambda: correct_model(name, changes), show)
 
-    def _work(
+    def _do(
         self, title: str, work: Callable[[], Any], on_result: Callable[[Any], None]
     ) -> None:
-        """Do something in a thread; the buttons wait until it has ended."""
-        if self._busy:
-            return
+        """Do something short in a thread; the buttons wait until it has ended."""
 
         def work_steps() -> Generator[Progress, None, Any]:
-            yield Progress(0, 1, title)
+            yield Progress(0, 1)
             return work()
 
-        self._busy = f"{title} …"
-        self._say(self._busy)
-        self._refresh_buttons()
-        results: list[Any] = []
-        start_worker(
-            work_steps(),
-            title=title,
-            on_progress=lambda step: None,
-            on_result=results.append,
-            on_error=self._on_error,
-            on_finished=lambda: self._end(results, on_result),
-        )
+        self._work.run(title, work_steps(), on_result)
 
-    @while_alive
-    def _on_error(self, message: str) -> None:
-        self._say(message)
+    def dragEnterEvent(self, event: QDragEnterEvent | None) -> None:
+        """Take files, folders and addresses, unless something is being done."""
+        if event is not None and dropped(event.mimeData()) and not self._work.busy:
+            event.acceptProposedAction()
 
-    @while_alive
-    def _end(self, results: list[Any], on_result: Callable[[Any], None]) -> None:
-        self._busy = ""
-        for result in results:
-            on_result(result)
-        self._refresh_buttons()
+    def dropEvent(self, event: QDropEvent | None) -> None:
+        """Import what was dropped, one after the other."""
+        if event is not None and (sources := dropped(event.mimeData())):
+            event.acceptProposedAction()
+            self._waiting += sources
+            # The program that it was dragged from waits for this to return.
+            QTimer.singleShot(0, self._import_next)
 
     # --- what is done at once -------------------------------------------------
-
-    def _browse_import(self) -> None:
-        path, _ = QFileDialog.getOpenFileName(self, "Import", "", CHECKPOINTS)
-        if path:
-            self.import_file(path)
 
     def _browse_export(self) -> None:
         name = self._tree.chosen
@@ -316,10 +327,12 @@ class ModelsWidget(Dock):
             self.export_file(name, path)
 
     def _rename(self, old: str, new: str) -> None:
-        idle = not self._busy  # else its file may be being written
+        idle = not self._work.busy  # else its file may be being written
         if idle and new != old and self._try(lambda: rename_model(old, new)):
             _session.follow_rename(self._session, old, new)
-            self._say(f"{old!r} is called {new!r} now.", lambda: self._rename(new, old))
+            self._work.say(
+                f"{old!r} is called {new!r} now.", lambda: self._rename(new, old)
+            )
             self.refresh(new)
         else:
             self.refresh(old)
@@ -335,7 +348,7 @@ class ModelsWidget(Dock):
                 self._session.source = ""
             self._session.library_changed.emit(name, "")
             still = "; the docks still have it" * was_used
-            self._say(
+            self._work.say(
                 f"{name!r} is in the trash{still}.",
                 lambda: self._restore(name, use=was_used),
             )
@@ -346,7 +359,7 @@ class ModelsWidget(Dock):
             if use and not self._session.source:
                 self._session.source = name
             self._session.library_changed.emit("", name)
-            self._say(f"{name!r} is back in the library.")
+            self._work.say(f"{name!r} is back in the library.")
         self.refresh(name)
 
     def _try(self, change: Callable[[], object]) -> bool:
@@ -355,19 +368,9 @@ class ModelsWidget(Dock):
             change()
         except UnetError as error:
             show_error(str(error))
-            self._say(str(error))
+            self._work.say(str(error))
             return False
         return True
-
-    def _take_back(self) -> None:
-        if self._undo is not None:
-            self._undo()
-
-    def _say(self, words: str, undo: Callable[[], None] | None = None) -> None:
-        """Show a sentence as the status, with a way back if there is one."""
-        self._status.setText(words)
-        self._undo = undo
-        self._undo_button.setVisible(undo is not None)
 
 
 def _enable(button: QPushButton, why_not: str, tip: str) -> None:
