@@ -12,8 +12,9 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, BinaryIO, ParamSpec, TypeVar
@@ -49,6 +50,51 @@ class Progress:
     total: int
     message: str = ""
     note: str = ""
+
+
+def describe_seconds(seconds: float) -> str:
+    """Say how long something took: 0.4 s, 12 s, 3:10, 1:02:10.
+
+    Parameters
+    ----------
+    seconds : float
+        Not negative.
+    """
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def seldom_steps(
+    steps: Generator[Yielded, None, Result], interval: float = 0.25
+) -> Generator[Yielded, None, Result]:
+    """Pass on some of many ticks.
+
+    Parameters
+    ----------
+    steps : generator
+        One that yields more often than anybody wants to know.
+    interval : float
+        Seconds between two ticks at least; the first comes after as many.
+
+    Returns
+    -------
+    object
+        What the generator returns.
+    """
+    passed = time.monotonic()
+    with closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            if time.monotonic() >= passed + interval:
+                yield step
+                passed = time.monotonic()
 
 
 def run_to_end(steps: Generator[object, None, Result]) -> Result:

@@ -76,9 +76,10 @@ def test_the_summary_and_the_journal(place):
     assert [entry.objects for entry in report.entries] == [1, 2, 3]
     lines = (place / "out" / "summary.csv").read_text().splitlines()
     assert lines[0] == (
-        "file,status,objects,covered_fraction,mean_area_px,mean_area_um2,outlier,reason"
+        "file,status,objects,covered_fraction,mean_area_px,mean_area_um2,outlier,"
+        "reason,notes"
     )
-    assert lines[2] == f"a1.tif,done,2,{128 / 2400!r},64.0,16.0,,"
+    assert lines[2] == f"a1.tif,done,2,{128 / 2400!r},64.0,16.0,,,"
     told = journal(place)
     assert [line["name"] for line in told] == ["a0.tif", "a1.tif", "a2.tif"]
     assert told[1]["size"] == (place / "in" / "a1.tif").stat().st_size

@@ -138,7 +138,8 @@ def test_the_fingerprint_depends_on_what_the_results_depend_on():
     job = BatchJob(input="in", output="out", model="m")
 
     def changed(**options):
-        return job.model_copy(update=options).fingerprint != job.fingerprint
+        other = job.model_copy(update=options)
+        return other.fingerprint(is_exact=True) != job.fingerprint(is_exact=True)
 
     assert not changed(input=Path("x"), output=Path("y"), pattern="*", recursive=True)
     assert not changed(settings=SegmentSettings(device="cpu", tile=64))
@@ -154,3 +155,10 @@ def test_the_fingerprint_depends_on_what_the_results_depend_on():
         {"versions": {"torch": "3"}},
     ):
         assert changed(**option), option
+
+
+def test_the_tile_size_counts_only_for_models_whose_result_depends_on_it():
+    job = BatchJob(input="in", output="out", model="m")
+    other = job.model_copy(update={"settings": SegmentSettings(tile=64)})
+    assert other.fingerprint(is_exact=True) == job.fingerprint(is_exact=True)
+    assert other.fingerprint(is_exact=False) != job.fingerprint(is_exact=False)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from napari_unet.batch.plan import Item, check_plan, name_key, plan_batch
 from napari_unet.errors import BadInput, BadOutput, UnetError
 from napari_unet.files.members import list_members, state_of
+from napari_unet.steps import Progress
 
 
 def write_ome_zarr(path, data):
@@ -215,9 +216,14 @@ def test_no_two_results_are_ever_one_file(
     """What the plan lets pass is injective on every file system."""
     folder = tmp_path / "in"
     job = make_job(tmp_path, format=kind, probabilities=probabilities, recursive=True)
-    found = [folder / path for path in paths]
+    found = {folder / path: [] for path in paths}
+
+    def find_steps(job):
+        yield Progress(0, 1)
+        return found
+
     with monkeypatch.context() as patch:
-        patch.setattr("napari_unet.batch.plan._find_in_folder", lambda job: found)
+        patch.setattr("napari_unet.batch.plan._find_in_folder_steps", find_steps)
         items = plan_batch(job)
     try:
         check_plan(items, job.output, overwrite=False)
@@ -240,11 +246,11 @@ def test_no_two_results_are_ever_one_file(
 UUIDS = [f"urn:uuid:{i:08d}-0000-4000-8000-000000000000" for i in range(9)]
 
 
-def write_set(folder, count=3, stem="t", master=False):
+def write_set(folder, count=3, stem="t", master=False, suffix=".ome.tif"):
     """An OME-TIFF of a file for each time point; with ``master`` one describes all."""
     folder.mkdir(parents=True, exist_ok=True)
     planes = [squares(i + 1) for i in range(count)]
-    files = [f"{stem}{i}.ome.tif" for i in range(count)]
+    files = [f"{stem}{i}{suffix}" for i in range(count)]
     blocks = "".join(
         f'<TiffData FirstT="{i}" FirstZ="0" FirstC="0" IFD="0" PlaneCount="1">'
         f'<UUID FileName="{files[i]}">{UUIDS[i]}</UUID></TiffData>'
@@ -271,25 +277,29 @@ def write_set(folder, count=3, stem="t", master=False):
     return np.stack(planes)
 
 
+@pytest.mark.parametrize("suffix", [".ome.tif", ".tif", "_w1.TIFF"])
 @pytest.mark.parametrize("master", [False, True])
-def test_a_set_of_files_is_one_image(place, master):
+def test_a_set_of_files_is_one_image(place, master, suffix):
     from napari_unet.files.images import read_image
 
-    stack = write_set(place / "in", master=master)
+    stack = write_set(place / "in", master=master, suffix=suffix)
     write_image(place / "in" / "alone.ome.tif", squares())
-    assert list(names(make_job(place))) == ["alone.ome.tif", "t0.ome.tif"]
-    np.testing.assert_array_equal(read_image(place / "in" / "t0.ome.tif").data, stack)
-    assert [path.name for path in list_members(place / "in" / "t0.ome.tif")] == [
-        f"t{i}.ome.tif" for i in range(3)
+    first = f"t0{suffix}"
+    assert list(names(make_job(place))) == ["alone.ome.tif", first]
+    np.testing.assert_array_equal(read_image(place / "in" / first).data, stack)
+    assert [path.name for path in list_members(place / "in" / first)] == [
+        f"t{i}{suffix}" for i in range(3)
     ]
 
 
 def test_a_change_in_any_file_of_a_set_is_a_change(place):
     write_set(place / "in")
     first = place / "in" / "t0.ome.tif"
-    before = state_of(first)
+    before = state_of(list_members(first))
     os.utime(place / "in" / "t2.ome.tif", ns=(0, before[1] + 10**9))
-    assert state_of(first) == (before[0], before[1] + 10**9)
+    assert state_of(list_members(first)) == (before[0], before[1] + 10**9)
+    (item,) = plan_batch(make_job(place))
+    assert item.state == (before[0], before[1] + 10**9)
 
 
 def test_files_that_only_claim_to_belong_together_are_all_done(place):
@@ -315,11 +325,12 @@ def test_a_set_with_a_missing_file_is_not_split(place):
 def test_a_chunk_of_a_zarr_is_a_part_of_it(place):
     write_ome_zarr(place / "in" / "a.zarr", squares())
     image = place / "in" / "a.zarr"
-    size, _ = state_of(image)
+    size, _ = state_of(list_members(image))
     chunk = next(path for path in image.rglob("*") if path.name == "0.0")
     chunk.write_bytes(b"x" + chunk.read_bytes())
-    assert state_of(image)[0] == size + 1
-    assert state_of(place / "none") == (0, 0)
+    assert state_of(list_members(image))[0] == size + 1
+    assert plan_batch(make_job(place))[0].state[0] == size + 1
+    assert state_of(list_members(place / "none")) == (0, 0)
 
 
 def test_an_item_names_its_files():

@@ -158,7 +158,6 @@ class _Window:
         # when it is alone.
         self._suspects: deque[int] = deque()
         self._alone: set[int] = set()
-        self._done = 0
         self._workers = 0
         self._seen = time.monotonic()  # when there was a worker last
         self._look_at = 0.0
@@ -195,7 +194,7 @@ class _Window:
         elif now > self._seen + PATIENCE:
             raise BadCluster(
                 f"The Dask scheduler at {self._address} has had no workers for "
-                f"{PATIENCE / 60:.0f} minutes. Start some. {self._kept()}"
+                f"{PATIENCE / 60:.0f} minutes. Start some."
             )
 
     def _submit(self) -> None:
@@ -257,7 +256,7 @@ class _Window:
         except Cancelled as error:
             raise BadOutput(
                 f"Another batch has taken over {self._order.task.output}, or its "
-                f"folder {self._order.task.internal.name} was removed. {self._kept()}"
+                f"folder {self._order.task.internal.name} was removed."
             ) from error
         except UnetError:
             raise
@@ -267,11 +266,10 @@ class _Window:
             raise BadCluster(
                 f"The cluster at {self._address} cannot run napari-unet "
                 f"({type(error).__name__}: {one_line(error, 200)}). Install the same "
-                f"version of it with the scheduler and with all workers. {self._kept()}"
+                "version of it with the scheduler and with all workers."
             ) from error
         self._forget(number)
         self._record(entry)
-        self._done += 1
         return FileStep(item, 1.0, entry=entry)
 
     def _forget(self, number: int) -> None:
@@ -281,11 +279,5 @@ class _Window:
     def _lost(self) -> BadCluster:
         return BadCluster(
             f"The connection to the Dask scheduler at {self._address} was lost; it may "
-            f"have been stopped. {self._kept()}"
-        )
-
-    def _kept(self) -> str:
-        return (
-            f"{self._done} of {len(self._items)} images were done and are kept; the "
-            "same command with --resume does the rest."
+            "have been stopped."
         )

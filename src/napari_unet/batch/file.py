@@ -6,11 +6,13 @@ only one that needs the network), and to finish: to measure and to write.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import shutil
 import time
 import traceback
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,6 @@ from napari_unet.batch.volume import BLOCK_PIXELS, segment_into_steps
 from napari_unet.errors import BadModel, BadOutput, UnetError
 from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
-from napari_unet.files.members import state_of
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.steps import Progress
@@ -53,6 +54,9 @@ __all__ = [
 # results never depend on the free memory.
 LAZY_BYTES = 2**28
 LAZY_VALUES = BLOCK_PIXELS  # blocks need the same folder for what is temporary
+
+# What the operating system refuses to one file, and not to the others.
+_OF_ONE_FILE = (errno.EFBIG, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,6 @@ class Opened:
 
     item: Item
     image: ImageFile
-    state: tuple[int, int]
     seconds: float
 
 
@@ -144,6 +147,7 @@ class Segmented:
     found: Found
     scratch: Path | None
     seconds: float
+    notes: tuple[str, ...]
 
     @property
     def is_small(self) -> bool:
@@ -159,10 +163,8 @@ class Segmented:
 def read(item: Item, axes: str | None = None) -> Opened:
     """Read an image, in memory only if it is small."""
     started = time.perf_counter()
-    # Before the pixels: a file that changes meanwhile is not done.
-    state = state_of(item.image)
     image = read_image(item.image, axes, max_bytes=LAZY_BYTES)
-    return Opened(item, image, state, time.perf_counter() - started)
+    return Opened(item, image, time.perf_counter() - started)
 
 
 def compute_steps(
@@ -173,6 +175,7 @@ def compute_steps(
     image, item = opened.image, opened.item
     for note in image.notes:
         yield Progress(0, 1, note=note)
+    notes = [*image.notes]
     known = {**image.pixel_size, **(task.pixel_size or {})}
     pixel_size = {axis: known[axis] for axis in image.axes if axis in known}
     options: Any = {**task.options, "axes": image.axes, "pixel_size": pixel_size}
@@ -194,9 +197,10 @@ def compute_steps(
             probabilities = _array(
                 scratch, "probabilities", "C" + axes, shape, np.float32
             )
-        found = yield from segment_into_steps(
+        steps = segment_into_steps(
             predictor, settings, labels, probabilities, scratch=scratch
         )
+        found = yield from _noting_steps(steps, notes)
     except BaseException as error:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -206,7 +210,26 @@ def compute_steps(
     finally:
         predictor.close()
     seconds = opened.seconds + time.perf_counter() - started
-    return Segmented(opened, pixel_size, labels, probabilities, found, scratch, seconds)
+    return Segmented(
+        *(opened, pixel_size, labels, probabilities, found, scratch, seconds),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _noting_steps(
+    steps: Generator[Progress, None, Found], notes: list[str]
+) -> Generator[Progress, None, Found]:
+    """Go through a generator and keep what it notes."""
+    with closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as stop:
+                found: Found = stop.value
+                return found
+            if step.note:
+                notes.append(step.note)
+            yield step
 
 
 def _label_axes(image: ImageFile) -> str:
@@ -262,7 +285,7 @@ def finish(
     )
     where = "" if planes == 1 else f" in {planes} planes"
     kinds = [info.kind for info in model.passport.classes]
-    size, mtime_ns = done.opened.state
+    size, mtime_ns = item.state
     return Entry(
         name=item.name,
         status="done",
@@ -280,6 +303,7 @@ def finish(
         ),
         pixel_size=dict(done.pixel_size),
         found=done.found.describe() + where,
+        notes=done.notes,
     )
 
 
@@ -287,7 +311,7 @@ def _below(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def failed(item: Item, error: Exception, state: tuple[int, int] = (0, 0)) -> Entry:
+def failed(item: Item, error: Exception, opened: Opened | None = None) -> Entry:
     """Record why a file could not be done; raise what would befall the others, too.
 
     Parameters
@@ -296,11 +320,13 @@ def failed(item: Item, error: Exception, state: tuple[int, int] = (0, 0)) -> Ent
         The file.
     error : Exception
         `BadModel`, and `BadOutput` from the operating system (the disk is full, the
-        folder is gone), end a batch. All else is the file's own.
-    state : (int, int)
-        Of the file.
+        folder is gone), end a batch. All else is the file's own, also that its
+        results are too large for the disk or would have too long a name.
+    opened : Opened or None
+        What was read, if it could be.
     """
-    is_system = isinstance(error.__cause__, OSError)
+    cause = error.__cause__
+    is_system = isinstance(cause, OSError) and cause.errno not in _OF_ONE_FILE
     if isinstance(error, BadModel) or (isinstance(error, BadOutput) and is_system):
         raise error
     details = ""
@@ -312,8 +338,12 @@ def failed(item: Item, error: Exception, state: tuple[int, int] = (0, 0)) -> Ent
         # One that nobody foresaw; hundreds of files must not wait for its mending.
         reason = f"An unexpected error, please report it: {error!r}."
         details = "".join(traceback.format_exception(error))
-    size, mtime_ns = state
-    return Entry(item.name, "failed", size, mtime_ns, reason=reason, details=details)
+    return Entry(
+        *(item.name, "failed", *item.state),
+        reason=reason,
+        details=details,
+        notes=opened.image.notes if opened else (),
+    )
 
 
 def segment_file_steps(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock, Timeout
 
 from napari_unet.batch.cluster import distributed_steps, recall_tasks
 from napari_unet.batch.file import Task, writing
-from napari_unet.batch.job import BatchJob, program_versions
+from napari_unet.batch.job import TILES_IF_INEXACT, BatchJob, program_versions
 from napari_unet.batch.journal import Entry, Journal, Status
 from napari_unet.batch.overlap import overlapped_steps
 from napari_unet.batch.plan import (
@@ -23,16 +23,19 @@ from napari_unet.batch.plan import (
     check_batch,
     few,
     identity,
-    plan_batch,
+    plan_batch_steps,
     result_folders,
 )
 from napari_unet.batch.report import write_report
 from napari_unet.batch.scheduler import check_scheduler
-from napari_unet.batch.tables import write_tables
-from napari_unet.errors import BadInput, BadModel, BadOutput, Partial
+from napari_unet.batch.tables import (
+    join_measurements_steps,
+    make_rows,
+    write_summary,
+)
+from napari_unet.errors import BadInput, BadModel, BadOutput, Partial, UnetError
 from napari_unet.files.atomic import sweep
-from napari_unet.files.members import state_of
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, run_to_end, seldom_steps
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.file import FileStep
     from napari_unet.models.model import Model
+
+Result = TypeVar("Result")
 
 __all__ = ["BatchProgress", "BatchReport", "batch_steps"]
 
@@ -55,7 +60,8 @@ class BatchProgress(Progress):
     files : int
         How many there are.
     name : str
-        The file's path below the folder of images.
+        The file's path below the folder of images; "" before they are known, if it
+        takes long to find them, and when the tables are put together.
     status : str
         "waiting", "running", "done", "skipped" (done by an earlier run) or "failed".
     entry : Entry or None
@@ -137,7 +143,7 @@ def batch_steps(
     Yields
     ------
     BatchProgress
-        First one for each file, "waiting" or "skipped".
+        Of those with a name first one for each file, "waiting" or "skipped".
 
     Returns
     -------
@@ -148,14 +154,14 @@ def batch_steps(
     ------
     BadInput, BadModel, BadOutput
         Before anything is done if the job cannot be; `BadOutput` also when the disk
-        is full. What is finished then is kept.
+        is full. What is finished then is kept, and the message says how much.
     """
     from napari_unet.inference.backends import Device, choose_device
     from napari_unet.models.library import load_model
 
     if scheduler:
         check_scheduler(scheduler)
-    items = plan_batch(job)
+    items = yield from _nameless_steps(plan_batch_steps(job))
     journal_path = job.output / JOURNAL
     may_replace = overwrite or (resume and journal_path.is_file())
     check_batch(job, items, overwrite=may_replace)
@@ -168,18 +174,51 @@ def batch_steps(
         # Workers choose for themselves.
         device = Device(wanted) if scheduler else choose_device(wanted)
         told, job = job, complete_job(job, model)
-        journal = Journal(journal_path, job.fingerprint)
-        run = _Run(
-            *(job, model, items, journal, device.name),
-            resume=resume,
-            scheduler=scheduler,
-        )
+        journal = open_journal(job, model)
+        todo = items
+        if resume:
+            looking = _todo_steps(items, journal, job.output)
+            todo = yield from _nameless_steps(looking)
         if not overwrite:
-            _check_ownership(job, run.todo, journal)
+            _check_ownership(job, todo, journal)
+        run = _Run(
+            *(job, model, items, todo, journal, device.name), scheduler=scheduler
+        )
         notes = [device.note, _changed_versions(told, job)]
+        if resume and (outdated := sum(journal.is_outdated(i.name) for i in todo)):
+            notes.append(
+                f"{outdated} files were done with another model, other settings or "
+                "versions, and are done again."
+            )
         with journal:
             job.save(job.output / JOB)
             return (yield from run.steps(notes))
+
+
+def _nameless_steps(
+    steps: Generator[Progress, None, Result], done: int = 0, total: int = 1
+) -> Generator[BatchProgress, None, Result]:
+    """Tell now and then what is done beside the files."""
+    with closing(seldom_steps(steps)) as ticks:
+        while True:
+            try:
+                tick = next(ticks)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            far = f"{tick.done:,} of {tick.total:,}"
+            yield BatchProgress(done, total, f"{tick.message}, {far}")
+
+
+def _todo_steps(
+    items: Sequence[Item], journal: Journal, output: Path
+) -> Generator[Progress, None, list[Item]]:
+    todo = []
+    for number, item in enumerate(items):
+        yield Progress(number, len(items), "looking at the results")
+        if not journal.is_done(item.name, item.state, output):
+            todo.append(item)
+    return todo
 
 
 @contextmanager
@@ -202,8 +241,18 @@ def _locked(output: Path) -> Iterator[None]:
         lock.release()
 
 
+def open_journal(job: BatchJob, model: Model) -> Journal:
+    """Read the journal of a complete job's output, if there is one."""
+    fingerprint = job.fingerprint(is_exact=model.inexact_reason is None)
+    return Journal(job.output / JOURNAL, fingerprint)
+
+
 def complete_job(job: BatchJob, model: Model) -> BatchJob:
-    """Add the hash of the model, which must be the same if it is known."""
+    """Add the hash of the model, which must be the same if it is known.
+
+    With it the versions of the programs and, where the result depends on it, the
+    tile size.
+    """
     from napari_unet.models.checkpoint import model_sha256
 
     found = model_sha256(model)
@@ -213,8 +262,17 @@ def complete_job(job: BatchJob, model: Model) -> BatchJob:
             f"hash begins with {found[:8]} instead of {job.model_sha256[:8]}). Get "
             "that one again, or name the model with --model to use this one."
         )
-    update = {"model_sha256": found, "versions": program_versions()}
-    return job.model_copy(update=update)
+    settings = job.settings
+    if model.inexact_reason and settings.tile is None:
+        tile = TILES_IF_INEXACT[model.ndim]
+        settings = settings.model_copy(update={"tile": tile})
+    return job.model_copy(
+        update={
+            "model_sha256": found,
+            "settings": settings,
+            "versions": program_versions(),
+        }
+    )
 
 
 def other_images(job: BatchJob) -> Path | None:
@@ -271,14 +329,14 @@ class _Run:
         job: BatchJob,
         model: Model,
         items: Sequence[Item],
+        todo: Sequence[Item],
         journal: Journal,
         device: str,
         *,
-        resume: bool,
         scheduler: str | None,
     ):
         self._job, self._model, self._journal = job, model, journal
-        self._items = items
+        self._items, self._todo = items, todo
         self._scheduler = scheduler
         self._task = Task(
             output=job.output,
@@ -291,22 +349,14 @@ class _Run:
             overwrite=True,  # what may not be replaced was refused before
         )
         self._index = {item.name: index for index, item in enumerate(items)}
-        states = {item.name: state_of(item.image) for item in items}
-        self.todo = [
-            item
-            for item in items
-            if not resume
-            or not journal.is_done(item.name, states[item.name], job.output)
-        ]
-        todo = {item.name for item in self.todo}
-        self._outdated = sum(map(journal.is_outdated, todo)) if resume else 0
+        names = {item.name for item in todo}
         self._entries = {
-            name: entry for name, entry in journal.entries.items() if name not in todo
+            name: entry for name, entry in journal.entries.items() if name not in names
         }
-        self._skipped = {item.name for item in items} - todo
+        self._skipped = self._index.keys() - names
         # Files of more bytes take longer, and every file takes some time.
-        self._weights = {name: state[0] + 4096 for name, state in states.items()}
-        self._total = sum(self._weights[name] for name in todo)
+        self._weights = {item.name: item.state[0] + 4096 for item in items}
+        self._total = sum(self._weights[name] for name in names)
         self._done = 0
         self._parts: dict[str, float] = {}  # of the files in work
         self._told = {""}
@@ -316,27 +366,39 @@ class _Run:
         for item in self._items:
             is_skipped = item.name in self._skipped
             yield self._progress(item, "skipped" if is_skipped else "waiting")
-        if self._outdated:
-            notes.append(
-                f"{self._outdated} files were done with another model, other settings "
-                "or versions, and are done again."
-            )
         for note in filter(None, notes):
-            yield self._progress(self._items[0], "waiting", note=note)
-        self._journal.forget(item.name for item in self.todo)
-        files = self._file_steps()
+            yield BatchProgress(0, self._total, note=note)
+        self._journal.forget(item.name for item in self._todo)
         try:
-            with closing(files):
+            with closing(self._file_steps()) as files:
                 for step in files:
                     yield self._follow(step)
-        except (GeneratorExit, KeyboardInterrupt):
-            with suppress(BadOutput):
-                self._conclude()
+        except BaseException as error:
+            # Whatever fails now, the first error is the one to tell.
+            with suppress(Exception):
+                run_to_end(self._conclude_steps())
+            if isinstance(error, UnetError):
+                raise self._with_what_is_kept(error) from error
             raise
-        return self._conclude()
+        try:
+            steps = self._conclude_steps()
+            return (yield from _nameless_steps(steps, self._total, self._total))
+        except UnetError as error:
+            raise self._with_what_is_kept(error) from error
+
+    def _with_what_is_kept(self, error: UnetError) -> UnetError:
+        """Add to what has ended a batch how to go on."""
+        entries = self._entries
+        names = [item.name for item in self._items if item.name in entries]
+        done = sum(entries[name].status == "done" for name in names)
+        kept = f"None of the {len(self._items)} images is done yet"
+        if done:
+            are = "image is" if len(self._items) == 1 else "images are"
+            kept = f"{done} of {len(self._items)} {are} done and kept"
+        return type(error)(f"{error} {kept}; resume the batch (--resume) for the rest.")
 
     def _file_steps(self) -> Generator[FileStep, None, None]:
-        what = self.todo, self._model, self._task, self._record
+        what = self._todo, self._model, self._task, self._record
         if self._scheduler:
             return distributed_steps(*what, scheduler=self._scheduler)
         return overlapped_steps(*what)
@@ -375,11 +437,15 @@ class _Run:
             entry=None if status == "running" else self._entries.get(item.name),
         )
 
-    def _conclude(self) -> BatchReport:
-        """Put together what was found so far."""
+    def _conclude_steps(self) -> Generator[Progress, None, BatchReport]:
+        """Put together what was found so far, what is most wanted first."""
         found = [self._entries.get(item.name) for item in self._items]
         entries = tuple(entry for entry in found if entry is not None)
-        rows = write_tables(self._task, entries, self._model.ndim)
+        yield Progress(0, len(entries), "writing the report")
+        rows = make_rows(entries, self._model.ndim)
+        write_summary(self._task, rows, self._model.ndim)
         report = self._job.output / REPORT
         write_report(report, self._job, self._model, self._task, rows, len(self._items))
+        if self._task.measure:
+            yield from join_measurements_steps(self._task, entries)
         return BatchReport(self._job, entries, len(self._skipped), report)

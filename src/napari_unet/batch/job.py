@@ -29,8 +29,9 @@ _HEADER = "# A batch of napari-unet; repeat it with: napari-unet batch --job job
 # Whose versions the results depend on.
 _PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
 
-# Where to compute and in which pieces: the result does not depend on these.
-_WITHOUT_EFFECT = ("device", "tile")
+# Side of the tiles, by dimensions, for models whose result depends on it a little.
+# Fixed, so that it does not depend on the free memory.
+TILES_IF_INEXACT = {2: 512, 3: 64}
 
 _Channel = Annotated[int, Field(ge=0)]
 _Axis = Annotated[str, Field(pattern="^[ZYX]$")]
@@ -60,7 +61,8 @@ class SegmentSettings(_Told):
     device : str
         "auto", "cpu", "cuda" or "mps".
     tile : int or None
-        Side of the tiles in pixels; None chooses by memory.
+        Side of the tiles in pixels; None chooses by memory, or for models whose
+        result depends on it `TILES_IF_INEXACT`.
     """
 
     threshold: float | None = Field(None, ge=0, le=1)
@@ -132,13 +134,19 @@ class BatchJob(_Told):
             raise ValueError("it is compared with names of files, like '*_dapi.tif'")
         return pattern
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that the results depend on but the images."""
+    def fingerprint(self, *, is_exact: bool) -> str:
+        """Return a hash of all that the results depend on but the images.
+
+        Parameters
+        ----------
+        is_exact : bool
+            Whether the result of the model does not depend on the tile size.
+        """
         where = {"input", "output", "pattern", "recursive", "model"}
         told = self.model_dump(mode="json", exclude=where)
-        for name in _WITHOUT_EFFECT:
-            del told["settings"][name]
+        del told["settings"]["device"]
+        if is_exact:
+            del told["settings"]["tile"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @classmethod

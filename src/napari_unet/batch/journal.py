@@ -52,6 +52,8 @@ class Entry:
         Why it failed.
     details : str
         For a report of a bug.
+    notes : tuple of str
+        What the user should know of the file, in sentences.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Entry:
     found: str = ""
     reason: str = ""
     details: str = ""
+    notes: tuple[str, ...] = ()
 
 
 _ENTRY = TypeAdapter(Entry)
@@ -81,7 +84,7 @@ class Journal:
     path : Path
         It need not exist. A line that a killed run has left unfinished is ignored.
     fingerprint : str
-        Of the job; see `BatchJob.fingerprint`. What was done under another one is
+        Of the job, see `BatchJob.fingerprint`. What was done under another one is
         not done.
 
     Raises

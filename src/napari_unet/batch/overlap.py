@@ -95,13 +95,12 @@ class _Line:
         assert reading is not None
         yield from self._wait_steps(reading, item)
         self._read_ahead(number + 1)
-        state = (0, 0)
+        opened = None
         try:
             opened = reading.result()
-            state = opened.state
             segmented = yield from self._compute_steps(opened)
         except Exception as error:
-            entry = failed(item, error, state)
+            entry = failed(item, error, opened)
         else:
             yield from self._finish_steps(segmented)
             return
@@ -145,7 +144,7 @@ class _Line:
         except Cancelled:
             raise
         except Exception as error:
-            entry = failed(opened.item, error, opened.state)
+            entry = failed(opened.item, error, opened)
         self._record(entry)
         return entry
 

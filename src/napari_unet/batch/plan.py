@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from napari_unet.errors import BadInput, BadOutput
+from napari_unet.steps import Progress, run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
     from pathlib import Path
 
     from napari_unet.batch.job import BatchJob
@@ -44,12 +45,16 @@ class Item:
         What it is called in tables: its path below the folder of images.
     image, labels : Path
     probabilities : Path or None
+    state : (int, int)
+        Size and time of change of the image when a batch was planned: if it changes
+        later, what is made of it is not what it will have been made of.
     """
 
     name: str
     image: Path
     labels: Path
     probabilities: Path | None
+    state: tuple[int, int] = (0, 0)
 
     @property
     def outputs(self) -> list[Path]:
@@ -137,7 +142,7 @@ def _find_images(inputs: Sequence[Path]) -> list[Path]:
 
     found: dict[Path, Path] = {}
     for given in inputs:
-        images = without_parts(list_images(given))
+        images = run_to_end(_members_steps(list_images(given)))
         if not images:
             raise BadInput(f"There are no images in the folder {given}.")
         for image in images:
@@ -145,35 +150,31 @@ def _find_images(inputs: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def without_parts(images: Sequence[Path]) -> list[Path]:
-    """Leave one file of each image that consists of several.
+def _members_steps(
+    images: Sequence[Path],
+) -> Generator[Progress, None, dict[Path, list[Path]]]:
+    """Find the files of each image that `list_images` has found in a folder.
 
-    Parameters
-    ----------
-    images : sequence of Path
-        As `list_images` finds them in a folder.
-
-    Returns
-    -------
-    list of Path
-        Of a multi-file OME-TIFF the first that describes all of it.
+    Of a multi-file OME-TIFF the first file that describes all of it is the image, and
+    the others are left out.
     """
     from napari_unet.files.members import is_part, list_members
 
-    # A folder may hold thousands of files, but none of them is another image.
-    members = {
-        image: set(list_members(image)) if image.is_file() else {image}
-        for image in images
-    }
+    members = {}
+    for number, image in enumerate(images):
+        yield Progress(number, len(images), "looking at the folder")
+        members[image] = list_members(image)
     covered: set[Path] = set()
     for image in images:
         if image in covered:
             continue
-        for other in members[image].intersection(images) - {image}:
+        for other in members[image]:
+            if other == image or other not in members:
+                continue
             # A header may also name a file that has nothing to do with it.
             if image in members[other] or is_part(other):
                 covered.add(other)
-    return [image for image in images if image not in covered]
+    return {image: members[image] for image in images if image not in covered}
 
 
 def _looks_like_image(path: Path) -> bool:
@@ -187,13 +188,18 @@ def _probabilities_beside(labels: Path) -> Path:
     return labels.with_name(f"{stem}{PROBABILITIES}{suffix}")
 
 
-def plan_batch(job: BatchJob) -> list[Item]:
+def plan_batch_steps(job: BatchJob) -> Generator[Progress, None, list[Item]]:
     """Find the images of a batch and name what is made of each.
 
     Parameters
     ----------
     job : BatchJob
         Says which folders, names and formats.
+
+    Yields
+    ------
+    Progress
+        Over the files of one folder after the other.
 
     Returns
     -------
@@ -205,13 +211,18 @@ def plan_batch(job: BatchJob) -> list[Item]:
     BadInput
         If there are no images of that pattern, or one of the folders cannot be read.
     """
+    from napari_unet.files.members import state_of
+
     items = []
-    for image in _find_in_folder(job):
+    found = yield from _find_in_folder_steps(job)
+    for number, (image, members) in enumerate(found.items()):
+        yield Progress(number, len(found), "looking at the images")
         below = image.relative_to(job.input)
         stem = split_name(image)[0]
         labels = (job.output / below).with_name(f"{stem}.{job.format}")
         beside = _probabilities_beside(labels) if job.probabilities else None
-        items.append(Item(below.as_posix(), image, labels, beside))
+        state = state_of(members)
+        items.append(Item(below.as_posix(), image, labels, beside, state))
     if not items:
         like = f" like {job.pattern}" if job.pattern else ""
         where = " and its subfolders" if job.recursive else ""
@@ -219,7 +230,15 @@ def plan_batch(job: BatchJob) -> list[Item]:
     return items
 
 
-def _find_in_folder(job: BatchJob) -> Iterator[Path]:
+def plan_batch(job: BatchJob) -> list[Item]:
+    """Plan a batch: the blocking form of `plan_batch_steps`."""
+    return run_to_end(plan_batch_steps(job))
+
+
+def _find_in_folder_steps(
+    job: BatchJob,
+) -> Generator[Progress, None, dict[Path, list[Path]]]:
+    """Find the images of that pattern, and the files of each."""
     from napari_unet.files.images import list_images
     from napari_unet.files.ome_zarr import is_zarr
 
@@ -230,6 +249,7 @@ def _find_in_folder(job: BatchJob) -> Iterator[Path]:
         )
     waiting = [job.input]
     seen = set()
+    found: dict[Path, list[Path]] = {}
     while waiting:
         folder = waiting.pop(0)
         # A link may lead back to where it lies.
@@ -237,9 +257,9 @@ def _find_in_folder(job: BatchJob) -> Iterator[Path]:
             continue
         seen.add(place)
         images = list_images(folder)
-        for image in without_parts(images):
+        for image, members in (yield from _members_steps(images)).items():
             if job.pattern is None or _is_like(image.name, job.pattern):
-                yield image
+                found[image] = members
         if job.recursive:
             waiting[:0] = sorted(
                 child
@@ -248,6 +268,7 @@ def _find_in_folder(job: BatchJob) -> Iterator[Path]:
                 and not child.name.startswith(".")
                 and child not in images
             )
+    return found
 
 
 def _is_like(name: str, pattern: str) -> bool:

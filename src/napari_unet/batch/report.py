@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.file import Task
     from napari_unet.batch.job import BatchJob
+    from napari_unet.batch.journal import Entry
     from napari_unet.batch.tables import Row
     from napari_unet.models.model import Model
 
@@ -107,6 +108,7 @@ def _head(job: BatchJob, rows: Sequence[Row], files: int) -> str:
         (len(rows) - len(done), "failed", "bad"),
         (files - len(rows), "not done yet", "odd"),
         (sum(bool(row.outlier) for row in rows), "unlike the others", "odd"),
+        (sum(bool(row.entry.notes) for row in rows), "with notes", "odd"),
     ]
     if any(row.entry.objects is not None for row in done):
         objects = sum(row.entry.objects or 0 for row in done)
@@ -131,11 +133,17 @@ def _failures(rows: Sequence[Row]) -> str:
     if not failed:
         return ""
     lines = "".join(
-        f'<tr><td>{_text(entry.name)}</td><td class="bad">{_text(entry.reason)}</td>'
-        "</tr>"
+        f'<tr><td>{_text(entry.name)}</td><td><span class="bad">{_text(entry.reason)}'
+        f"</span>{_notes(entry, '<br>')}</td></tr>"
         for entry in failed
     )
     return f"<h2>Failed</h2><table>{lines}</table>"
+
+
+def _notes(entry: Entry, before: str = "") -> str:
+    if not entry.notes:
+        return ""
+    return f'{before}<small class="soft">{_text(" ".join(entry.notes))}</small>'
 
 
 def _pictures(rows: Sequence[Row], task: Task) -> str:
@@ -182,16 +190,15 @@ def _all_files(rows: Sequence[Row], ndim: int) -> str:
             f'<tr><td>{_text(entry.name)}</td><td class="n">{count}</td>'
             f'<td class="n">{entry.covered:.1%}</td><td class="n">{size}</td>'
             f'<td class="n">{entry.seconds:.1f}</td><td class="odd">{row.outlier}</td>'
-            "</tr>"
+            f"<td>{_notes(entry)}</td></tr>"
         )
     if not lines:
         return ""
     return (
         "<h2>All images</h2><details><summary>Show the table</summary><table>"
         '<tr><th>Image</th><th class="n">Objects</th><th class="n">Covered</th>'
-        '<th class="n">Mean size</th><th class="n">Seconds</th><th>Unusual</th></tr>'
-        + "\n".join(lines)
-        + "</table></details>"
+        '<th class="n">Mean size</th><th class="n">Seconds</th><th>Unusual</th>'
+        "<th>Notes</th></tr>" + "\n".join(lines) + "</table></details>"
     )
 
 

@@ -6,27 +6,24 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from napari_unet.batch.folder import complete_job, other_images
-from napari_unet.batch.journal import Journal
-from napari_unet.batch.plan import JOURNAL, check_batch, plan_batch
+from napari_unet.batch.folder import complete_job, open_journal, other_images
+from napari_unet.batch.plan import JOURNAL, check_batch, plan_batch_steps
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.files.images import read_image
-from napari_unet.files.members import state_of
 from napari_unet.inference.source import open_source
 from napari_unet.models.checkpoint import model_sha256
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, seldom_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from napari_unet.batch.job import BatchJob
-    from napari_unet.batch.journal import Entry
+    from napari_unet.batch.journal import Entry, Journal
     from napari_unet.batch.plan import Item
     from napari_unet.models.model import Model
 
 __all__ = ["FileState", "Survey", "survey_steps"]
 
-_AT_ONCE = 50  # files between two yields
 _FIRST_BYTES = 2**24  # of the first image; a larger one is not read
 
 
@@ -109,21 +106,25 @@ def survey_steps(job: BatchJob, model: Model) -> Generator[Progress, None, Surve
             f"The model {job.model} is not the one that the job was made with. Get "
             "that one again, or choose a model to use that."
         )
-    items = plan_batch(job)
-    yield Progress(0, 1, "looking at the folder")
+    items = yield from seldom_steps(plan_batch_steps(job))
     check_batch(job, items, overwrite=True)
     job = complete_job(job, model)
-    journal = Journal(job.output / JOURNAL, job.fingerprint)
+    files = yield from seldom_steps(_look_steps(items, job, open_journal(job, model)))
+    doubt, pixel_size = _try_first(items[0], job, model)
+    is_begun = (job.output / JOURNAL).is_file()
+    return Survey(job, tuple(files), is_begun, doubt, pixel_size)
+
+
+def _look_steps(
+    items: Sequence[Item], job: BatchJob, journal: Journal
+) -> Generator[Progress, None, list[FileState]]:
     entries = journal.entries
     is_elsewhere = other_images(job) is not None
     files = []
     for number, item in enumerate(items):
-        if number % _AT_ONCE == 0:
-            yield Progress(number, len(items), "looking at the results")
+        yield Progress(number, len(items), "looking at the results")
         files.append(_look(item, job, journal, entries.get(item.name), is_elsewhere))
-    doubt, pixel_size = _try_first(items[0], job, model)
-    is_begun = (job.output / JOURNAL).is_file()
-    return Survey(job, tuple(files), is_begun, doubt, pixel_size)
+    return files
 
 
 def _look(
@@ -133,7 +134,7 @@ def _look(
     entry: Entry | None,
     is_elsewhere: bool,
 ) -> FileState:
-    if journal.is_done(item.name, state_of(item.image), job.output):
+    if journal.is_done(item.name, item.state, job.output):
         return FileState(item, "skipped", entry)
     # More careful than `--resume`: what was finished is not replaced unasked, also
     # if only the image or the settings have changed since.

@@ -8,15 +8,22 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from napari_unet.batch.plan import MEASUREMENTS, SUMMARY
-from napari_unet.files.table import join_csv, write_csv
+from napari_unet.files.table import join_csv_steps, write_csv
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from napari_unet.batch.file import Task
     from napari_unet.batch.journal import Entry
+    from napari_unet.steps import Progress
 
-__all__ = ["Row", "find_outliers", "write_tables"]
+__all__ = [
+    "Row",
+    "find_outliers",
+    "join_measurements_steps",
+    "make_rows",
+    "write_summary",
+]
 
 FEW = 5  # files; among fewer none is unusual
 FAR = 3.0  # robust standard deviations
@@ -47,26 +54,15 @@ class Row:
     outlier: str
 
 
-def write_tables(task: Task, entries: Sequence[Entry], ndim: int) -> list[Row]:
-    """Write ``summary.csv``, and ``measurements.csv`` if objects are measured.
+def make_rows(entries: Sequence[Entry], ndim: int) -> list[Row]:
+    """Say of each file how large its objects are, and what is unusual about it.
 
     Parameters
     ----------
-    task : Task
-        Says where.
     entries : sequence of Entry
         Of the files that are done or failed, in order.
     ndim : int
         Whether objects have areas (2) or volumes (3).
-
-    Returns
-    -------
-    list of Row
-
-    Raises
-    ------
-    BadOutput
-        If that fails; a previous table is left as it was.
     """
     done = [entry for entry in entries if entry.status == "done"]
     counts = [float(entry.objects or 0) for entry in done]
@@ -80,15 +76,59 @@ def write_tables(task: Task, entries: Sequence[Entry], ndim: int) -> list[Row]:
         for entry, is_far in zip(done, flags, strict=True):
             if is_far:
                 unusual.setdefault(entry.name, []).append(what)
-    rows = [
+    return [
         Row(entry, *_mean_sizes(entry, ndim), " and ".join(unusual.get(entry.name, ())))
         for entry in entries
     ]
-    if task.measure:
-        parts = [task.measurements(entry.name) for entry in done]
-        join_csv(task.output / MEASUREMENTS, parts)
+
+
+def write_summary(task: Task, rows: Sequence[Row], ndim: int) -> None:
+    """Write ``summary.csv``, a line for each file.
+
+    Parameters
+    ----------
+    task : Task
+        Says where.
+    rows : sequence of Row
+        Of `make_rows`.
+    ndim : int
+        Whether objects have areas (2) or volumes (3).
+
+    Raises
+    ------
+    BadOutput
+        If that fails; a previous table is left as it was.
+    """
     write_csv(task.output / SUMMARY, _summary(rows, ndim))
-    return rows
+
+
+def join_measurements_steps(
+    task: Task, entries: Sequence[Entry]
+) -> Generator[Progress, None, None]:
+    """Write ``measurements.csv``, a line for each object of all files.
+
+    Parameters
+    ----------
+    task : Task
+        Says where.
+    entries : sequence of Entry
+        Of the files that are done or failed, in order.
+
+    Yields
+    ------
+    Progress
+        Over the files. Closing the generator leaves a previous table.
+
+    Raises
+    ------
+    BadInput
+        If the measurements of a file have gone.
+    BadOutput
+        If writing fails; a previous table is left as it was.
+    """
+    done = [entry.name for entry in entries if entry.status == "done"]
+    parts = [task.measurements(name) for name in done]
+    yield from join_csv_steps(task.output / MEASUREMENTS, parts)
 
 
 def find_outliers(values: Sequence[float], least: float) -> list[bool]:
@@ -134,4 +174,5 @@ def _summary(rows: Sequence[Row], ndim: int) -> dict[str, list[object]]:
         f"mean_{what}_{cubed}": [row.mean_micrometres for row in rows],
         "outlier": [row.outlier for row in rows],
         "reason": [entry.reason for entry in entries],
+        "notes": [" ".join(entry.notes) for entry in entries],
     }

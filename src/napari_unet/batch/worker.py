@@ -111,11 +111,10 @@ def segment_on_worker(number: int, item: Item, order: Order) -> Entry:
             step = {"number": number, "part": part, "message": message, "note": note}
             worker.log_event(order.topic, step)
 
-    state = (0, 0)
+    opened = None
     try:
         tell(0.0, "reading", device.note)
         opened = read(item, task.axes)
-        state = opened.state
         with _alone(check):
             model = _load(order.model, order.sha256)
             segmented = _compute(opened, model, task, check, tell)
@@ -123,7 +122,7 @@ def segment_on_worker(number: int, item: Item, order: Order) -> Entry:
     except Cancelled:
         raise
     except Exception as error:
-        return failed(item, error, state)
+        return failed(item, error, opened)
 
 
 def _check_fit(worker: Any, item: Item, order: Order) -> None:

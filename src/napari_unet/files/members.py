@@ -12,6 +12,7 @@ from napari_unet.files.tiff_log import listening
 from napari_unet.files.tiff_metadata import read_ome
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 __all__ = ["is_part", "list_members", "state_of"]
@@ -56,23 +57,23 @@ def is_part(path: Path) -> bool:
     return False
 
 
-def state_of(path: Path) -> tuple[int, int]:
+def state_of(members: Iterable[Path]) -> tuple[int, int]:
     """Return what changes when an image does: its bytes, and when it was written.
 
     Parameters
     ----------
-    path : Path
-        An image; of one that consists of several files, all of them count.
+    members : iterable of Path
+        All its files, from `list_members`.
 
     Returns
     -------
     size : int
-        In bytes; 0 if it is gone.
+        In bytes; 0 if they are gone.
     mtime_ns : int
-        Of the youngest of its files.
+        Of the youngest of them.
     """
     states = []
-    for member in list_members(path):
+    for member in members:
         with suppress(OSError):
             states.append(member.stat())
     times = [state.st_mtime_ns for state in states]
@@ -80,9 +81,7 @@ def state_of(path: Path) -> tuple[int, int]:
 
 
 def _ome_xml(path: Path) -> str:
-    """Return the OME-XML header of a file that is named like one with it, or ""."""
-    if ".ome." not in path.name.lower():
-        return ""
+    """Return the OME-XML header of a file, whatever it is named, or ""."""
     with suppress(Exception), listening(path), tifffile.TiffFile(path) as tiff:
         return tiff.ome_metadata or ""
     return ""

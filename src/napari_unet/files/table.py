@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,20 @@ import numpy as np
 
 from napari_unet.files.atomic import atomic_path
 from napari_unet.files.source import reading
+from napari_unet.steps import Progress, run_to_end
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Generator,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
+
+ROWS = 10_000  # that are in memory together, and written between two ticks
 
 # A spreadsheet takes a cell that starts like this for a formula and runs it.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
@@ -47,18 +58,58 @@ def write_csv(
         When writing fails; there is then no new file.
     """
     path = Path(path)
-    values = [
-        column.tolist() if isinstance(column, np.ndarray) else column
-        for column in columns.values()
-    ]
-    rows = (map(_cell, row) for row in zip(*values, strict=True))
-    _write(path, [_cell(heading) for heading in columns], rows)
+    with writing_csv(path) as write:
+        write(columns)
     return path
 
 
-def join_csv(
+@contextmanager
+def writing_csv(
+    path: str | os.PathLike[str],
+) -> Iterator[Callable[[Mapping[str, Sequence[Any] | Any]], None]]:
+    """Write a table that need not be in memory whole; see :func:`write_csv`.
+
+    Parameters
+    ----------
+    path : path-like
+        The file to make or to replace.
+
+    Yields
+    ------
+    callable
+        Takes some rows of the table, as :func:`write_csv` takes all; each time with
+        the same headings.
+
+    Raises
+    ------
+    BadOutput
+        When writing fails; there is then no new file.
+    """
+    headings: list[str] = []
+    with _table(Path(path)) as writer:
+
+        def write(columns: Mapping[str, Sequence[Any] | Any]) -> None:
+            if not headings:
+                headings.extend(columns)
+                writer.writerow(map(_cell, headings))
+            if headings != [*columns]:
+                raise ValueError(f"columns {[*columns]} in a table of {headings}")
+            writer.writerows(_cells([*columns.values()]))
+
+        yield write
+
+
+def _cells(columns: list[Sequence[Any] | Any]) -> Iterator[Iterator[str]]:
+    """Go through the rows of a table; Python's numbers take much more memory."""
+    for start in range(0, max(map(len, columns), default=0), ROWS):
+        some = [column[start : start + ROWS] for column in columns]
+        values = [s.tolist() if isinstance(s, np.ndarray) else s for s in some]
+        yield from (map(_cell, row) for row in zip(*values, strict=True))
+
+
+def join_csv_steps(
     path: str | os.PathLike[str], parts: Iterable[str | os.PathLike[str]]
-) -> Path:
+) -> Generator[Progress, None, Path]:
     """Put tables of :func:`write_csv` under each other.
 
     Parameters
@@ -66,8 +117,14 @@ def join_csv(
     path : path-like
         The file to make or to replace.
     parts : iterable of path-like
-        Tables, read twice and row by row. One may have columns that another does
-        not have: its cells are empty then.
+        Tables, read row by row after all their headings. One may have columns that
+        another does not have: its cells are empty then.
+
+    Yields
+    ------
+    Progress
+        Over the parts, each of which is opened twice. Closing the generator leaves
+        what was at ``path``.
 
     Returns
     -------
@@ -83,15 +140,42 @@ def join_csv(
         When writing fails; there is then no new file.
     """
     path, files = Path(path), [Path(part) for part in parts]
+    total = 2 * len(files)
     headings: list[str] = []
-    for file in files:
+    for done, file in enumerate(files):
+        yield Progress(done, total)
         _merge(headings, next(_rows(file), []))
-    rows = (_under(headings, file) for file in files)
-    _write(path, headings, itertools.chain.from_iterable(rows))
+    with _table(path) as writer:
+        writer.writerow(headings)
+        for done, file in enumerate(files, len(files)):
+            rows = _under(headings, file)
+            while some := list(itertools.islice(rows, ROWS)):
+                yield Progress(done, total)
+                writer.writerows(some)
     return path
 
 
-def _write(path: Path, headings: list[str], rows: Iterable[Iterable[str]]) -> None:
+def join_csv(
+    path: str | os.PathLike[str], parts: Iterable[str | os.PathLike[str]]
+) -> Path:
+    """Put tables under each other: the blocking form of :func:`join_csv_steps`.
+
+    Parameters
+    ----------
+    path, parts
+        Those of :func:`join_csv_steps`.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    return run_to_end(join_csv_steps(path, parts))
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[Any]:
+    """Make a table for rows of text, which is complete or not there."""
     # A name on a disk may hold bytes that are no text.
     with (
         atomic_path(path) as part,
@@ -99,9 +183,7 @@ def _write(path: Path, headings: list[str], rows: Iterable[Iterable[str]]) -> No
             part, "w", encoding="utf-8", errors="backslashreplace", newline=""
         ) as file,
     ):
-        writer = csv.writer(file)
-        writer.writerow(headings)
-        writer.writerows(rows)
+        yield csv.writer(file)
 
 
 def _cell(value: object) -> str:
