@@ -142,6 +142,36 @@ def test_flat_objects_are_solid(shape):
     assert solidity(line) == 1
 
 
+class Counted:
+    """A stored array that counts the pixels that are read of it."""
+
+    def __init__(self, pixels):
+        self.pixels, self.shape, self.dtype = pixels, pixels.shape, pixels.dtype
+        self.read = 0
+
+    def __getitem__(self, key):
+        part = self.pixels[key]
+        self.read += part.size
+        return part
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_objects_across_pieces_are_not_read_one_by_one(planes, monkeypatch):
+    labels = cells((12, 60, 70), seed=1, smooth=1.5)
+    options = {"label_axes": "ZYX", "image_axes": "ZYX", "ndim": 3}
+    whole = measure(labels, labels, **options)
+    thick = whole["bbox_z_max_px"] - whole["bbox_z_min_px"]
+    assert (thick > planes).sum() > 10
+    monkeypatch.setattr(measurements, "PIECE_PIXELS", planes * 60 * 70)
+    stored = Counted(labels)
+    divided = measure(stored, labels, **options)
+    # Once to add up, once for the shapes.
+    assert stored.read == 2 * labels.size
+    is_small = ~np.isnan(divided["solidity"])
+    assert is_small.sum() > 10
+    assert (divided["solidity"] == whole["solidity"])[is_small].all()
+
+
 def test_stacks_have_a_row_for_each_object_in_each_plane():
     labels = np.zeros((2, 3, 8, 9), int)
     labels[0, 1, 2:4, 3:5] = 1
@@ -244,8 +274,15 @@ def test_image_of_another_size_is_refused():
 
 def test_progress_is_over_planes():
     labels = np.ones((3, 4, 5), int)
-    steps = measure_steps(labels, labels, label_axes="ZYX", image_axes="ZYX")
-    ticks = [(tick.done, tick.total) for tick in steps]
+    options = {"label_axes": "ZYX", "image_axes": "ZYX"}
+    tables = []
+    steps = measure_steps(labels, labels, tables.append, **options)
+    ticks = []
+    for tick in steps:
+        ticks.append((tick.done, tick.total))
+        # Each table is given away before the next plane is begun.
+        assert len(tables) == tick.done
+    assert [table["plane"].tolist() for table in tables] == [[0], [1], [2]]
     assert sorted(set(ticks)) == [(0, 3), (1, 3), (2, 3)]
     assert ticks == sorted(ticks)
 

@@ -1,6 +1,7 @@
 """Tables come back as they were, and no spreadsheet runs what is in them."""
 
 import csv
+import itertools
 import math
 import string
 import tempfile
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput, BadOutput
-from napari_unet.files.table import join_csv, write_csv
+from napari_unet.files import table
+from napari_unet.files.table import join_csv, write_csv, writing_csv
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 ALSO = (*FORMULA, "\n", "＝", "＋", "－", "＠")
@@ -72,6 +74,30 @@ def test_kinds_of_cells(tmp_path):
     with pytest.raises(BadOutput, match="does not exist"):
         write_csv(tmp_path / "missing" / "b.csv", {"a": [1]})
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut=st.lists(st.integers(0, 40), max_size=4), rows=st.integers(1, 50))
+def test_a_table_in_parts_is_the_same_file(cut, rows):
+    columns = {"file": ["=a"] * 40, "size": np.linspace(0, 1, 40), "label": range(40)}
+    bounds = sorted({0, *cut, 40})
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        whole, parts = Path(folder) / "whole.csv", Path(folder) / "parts.csv"
+        write_csv(whole, columns)
+        patch.setattr(table, "ROWS", rows)
+        with writing_csv(parts) as write:
+            write({name: column[:0] for name, column in columns.items()})
+            for start, stop in itertools.pairwise(bounds):
+                write({name: column[start:stop] for name, column in columns.items()})
+            assert not parts.exists()
+        assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_parts_of_a_table_have_the_same_columns(tmp_path):
+    with writing_csv(tmp_path / "a.csv") as write:
+        write({"file": ["a"]})
+        with pytest.raises(ValueError, match="columns"):
+            write({"name": ["b"]})
 
 
 def test_joined_tables_have_the_columns_of_all(tmp_path):

@@ -10,7 +10,7 @@ from napari_unet.batch.thumbnail import make_thumbnail
 from napari_unet.files.atomic import bad_output
 from napari_unet.files.measurements import measure_steps
 from napari_unet.files.outputs import write_labels, write_probabilities
-from napari_unet.files.table import write_csv
+from napari_unet.files.table import writing_csv
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,25 +87,20 @@ def _measure(
 ) -> None:
     image, name = done.opened.image, done.opened.item.name
     kinds = [info.kind for info in model.passport.classes]
-    steps = measure_steps(
-        done.labels,
-        image.data,
-        label_axes=axes,
-        image_axes=image.axes,
-        pixel_size=done.pixel_size,
-        ndim=model.ndim,
-        regions=[index for index, kind in enumerate(kinds) if kind == "region"],
-    )
-    while True:
-        check()
-        try:
-            next(steps)
-        except StopIteration as stop:
-            table = stop.value
-            break
     path = task.measurements(name)
-    with writing(path.parent):
-        write_csv(path, {"file": [name] * len(table["label"]), **table})
+    with writing(path.parent), writing_csv(path) as write:
+        steps = measure_steps(
+            done.labels,
+            image.data,
+            lambda table: write({"file": [name] * len(table["label"]), **table}),
+            label_axes=axes,
+            image_axes=image.axes,
+            pixel_size=done.pixel_size,
+            ndim=model.ndim,
+            regions=[index for index, kind in enumerate(kinds) if kind == "region"],
+        )
+        for _ in steps:
+            check()
 
 
 def _write_thumbnail(done: Segmented, axes: str, task: Task) -> None:

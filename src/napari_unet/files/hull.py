@@ -8,6 +8,8 @@ import numpy as np
 from scipy.spatial import ConvexHull, QhullError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 # A pixel on the hull belongs to it, whatever the rounding; as scikit-image has it.
@@ -16,13 +18,69 @@ TOLERANCE = 1e-10
 AT_ONCE = 2**20
 
 
-def solidity(mask: NDArray[Any]) -> float:
-    """Return the part of the pixels in its convex hull that an object has.
+class Outline:
+    """Where each line of an object's pixels begins and ends, gathered part by part.
 
-    The number is that of scikit-image's ``regionprops``, which tests every pixel
-    against every facet and takes many seconds for one object of 64³ voxels. Here a
-    facet says for a whole line of pixels where it enters and leaves the hull. Flat
-    objects in a volume have a solidity, too.
+    No other pixels can be corners of the convex hull.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Of the object's bounding box, 2D or 3D.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._shape = tuple(map(int, shape))
+        self._count = 0
+        self._firsts: list[NDArray[np.int32]] = []
+        self._lasts: list[NDArray[np.int32]] = []
+
+    def add(self, mask: NDArray[Any], start: Sequence[int]) -> None:
+        """Take a part of the object; parts come in C order.
+
+        Parameters
+        ----------
+        mask : bool array
+            The part; whole lines of the bounding box, along the last axis.
+        start : sequence of int
+            Where it lies in the bounding box.
+        """
+        touched = mask.any(axis=-1)
+        lines = mask[touched]
+        where = np.argwhere(touched) + np.asarray(start)[:-1]
+        last = mask.shape[-1] - 1 - lines[:, ::-1].argmax(axis=1)
+        ends = ((self._firsts, lines.argmax(axis=1)), (self._lasts, last))
+        for gathered, end in ends:
+            gathered.append(np.column_stack([where, end]).astype(np.int32))
+        self._count += int(np.count_nonzero(lines))
+
+    def solidity(self) -> float:
+        """Return the part of the pixels in its convex hull that the object has.
+
+        The number is that of scikit-image's ``regionprops``, which tests every pixel
+        against every facet and takes many seconds for one object of 64³ voxels. Here
+        a facet says for a whole line of pixels where it enters and leaves the hull.
+        Flat objects in a volume have a solidity, too.
+
+        Returns
+        -------
+        float
+            Between 0 and 1.
+        """
+        corners = np.concatenate([*self._firsts, *self._lasts])
+        # A pixel reaches half a pixel to every side.
+        unit = np.eye(len(self._shape))
+        half = np.concatenate([unit, -unit]) / 2
+        points = (corners[:, None] + half).reshape(-1, len(self._shape))
+        try:
+            facets = ConvexHull(points).equations
+        except QhullError:
+            return float("nan")
+        return float(self._count / _count_inside(facets, self._shape))
+
+
+def solidity(mask: NDArray[Any]) -> float:
+    """Return the solidity of an object that lies in memory; see `Outline.solidity`.
 
     Parameters
     ----------
@@ -34,21 +92,9 @@ def solidity(mask: NDArray[Any]) -> float:
     float
         Between 0 and 1.
     """
-    ndim = mask.ndim
-    touched = mask.any(axis=-1)
-    lines = mask[touched]
-    where = np.argwhere(touched)
-    # Only the ends of a line can be corners of the hull.
-    ends = (lines.argmax(axis=1), mask.shape[-1] - 1 - lines[:, ::-1].argmax(axis=1))
-    corners = np.concatenate([np.column_stack([where, end]) for end in ends])
-    # A pixel reaches half a pixel to every side.
-    half = np.concatenate([np.eye(ndim), -np.eye(ndim)]) / 2
-    points = (corners[:, None] + half).reshape(-1, ndim)
-    try:
-        facets = ConvexHull(points).equations
-    except QhullError:
-        return float("nan")
-    return float(np.count_nonzero(mask) / _count_inside(facets, mask.shape))
+    outline = Outline(mask.shape)
+    outline.add(mask, (0,) * mask.ndim)
+    return outline.solidity()
 
 
 def _count_inside(facets: NDArray[Any], shape: tuple[int, ...]) -> int:

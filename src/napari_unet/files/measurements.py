@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from napari_unet.errors import BadInput
-from napari_unet.files.hull import solidity
+from napari_unet.files.hull import Outline
 from napari_unet.files.source import pixels_size
 from napari_unet.files.stack import BAND_ROWS, STACK_AXES, Stack
 from napari_unet.files.sums import merge, sum_pixels
 from napari_unet.steps import Progress, run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Collection,
+        Generator,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from numpy.typing import NDArray
 
@@ -35,6 +42,7 @@ COLOURS = ("red", "green", "blue")
 def measure_steps(
     labels: Any,
     image: Any,
+    write: Callable[[dict[str, NDArray[Any]]], None],
     *,
     label_axes: str,
     image_axes: str,
@@ -42,11 +50,12 @@ def measure_steps(
     channel_names: Sequence[str] = (),
     ndim: int = 2,
     regions: Collection[int] = (),
-) -> Generator[Progress, None, dict[str, NDArray[Any]]]:
+) -> Generator[Progress, None, None]:
     """Measure every object in every plane, or in every volume.
 
     The numbers are those of scikit-image's ``regionprops_table``. Arrays of any kind
-    are read piece by piece, so that memory does not depend on their size.
+    are read piece by piece, so that memory does not depend on their size; only on
+    the number of objects in one plane or volume.
 
     Parameters
     ----------
@@ -54,6 +63,15 @@ def measure_steps(
         Whole numbers; 0 is the background.
     image : array
         On the same grid. Pixels that are not finite are left out.
+    write : callable
+        Gets the table of each plane or volume, one after the other, as a dict of
+        arrays. Its columns, the same each time, have a row for each label:
+        ``frame`` and ``plane`` (from 0, where there are such axes), ``label``, size
+        (``area_px`` or ``volume_vx``), centroid, bounding box (its end is one
+        beyond), equivalent diameter, ``eccentricity`` in planes, ``solidity``, and
+        mean, min, max and integrated intensity of each channel. Lengths are in
+        pixels (``_px``) and, where the pixel size is known, also in micrometres
+        (``_um``, ``_um2``, ``_um3``). What cannot be told is NaN.
     label_axes : str
         One letter for each dimension of the labels out of ``"TZYX"``.
     image_axes : str
@@ -72,17 +90,6 @@ def measure_steps(
     Progress
         Over the planes or volumes.
 
-    Returns
-    -------
-    dict of str to array
-        Columns of a table, a row for each label in each plane or volume: ``frame``
-        and ``plane`` (from 0, where there are such axes), ``label``, size
-        (``area_px`` or ``volume_vx``), centroid, bounding box (its end is one
-        beyond), equivalent diameter, ``eccentricity`` in planes, ``solidity``, and
-        mean, min, max and integrated intensity of each channel. Lengths are in
-        pixels (``_px``) and, where the pixel size is known, also in micrometres
-        (``_um``, ``_um2``, ``_um3``). What cannot be told is NaN.
-
     Raises
     ------
     BadInput
@@ -95,7 +102,6 @@ def measure_steps(
     size = {axis: (pixel_size or {}).get(axis, math.nan) for axis in "ZYX"[-ndim:]}
     loops = {"frame": "T", "plane": "Z"} if ndim == 2 else {"frame": "T"}
     units = list(_units(grid.shape, ndim))
-    tables = []
     for number, unit in enumerate(units):
         tick = Progress(number, len(units), f"measuring {number + 1} of {len(units)}")
         table = yield from _unit_steps(grid, pixels, unit, size, regions, tick)
@@ -104,12 +110,11 @@ def measure_steps(
             for name, axis in loops.items()
             if axis in label_axes
         }
-        tables.append({**where, **table})
-    return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
+        write({**where, **table})
 
 
 def measure(labels: Any, image: Any, **options: Any) -> dict[str, NDArray[Any]]:
-    """Measure every object: the blocking form of :func:`measure_steps`.
+    """Measure every object: the blocking form of :func:`measure_steps`, in memory.
 
     Parameters
     ----------
@@ -121,9 +126,11 @@ def measure(labels: Any, image: Any, **options: Any) -> dict[str, NDArray[Any]]:
     Returns
     -------
     dict of str to array
-        Columns of a table.
+        The tables of all planes or volumes in one.
     """
-    return run_to_end(measure_steps(labels, image, **options))
+    tables: list[dict[str, NDArray[Any]]] = []
+    run_to_end(measure_steps(labels, image, tables.append, **options))
+    return {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
 
 
 class _Pixels:
@@ -241,30 +248,30 @@ def _solidity_steps(
     # A box that is larger than what is read at once would not fit.
     is_small = (stop - low).prod(axis=1) <= PIECE_PIXELS
     left = np.flatnonzero(is_object & is_small)
-    pieces = list(_pieces(unit))
-    while left.size:
-        # Those that no piece has whole are read one by one.
-        piece = pieces.pop(0) if pieces else _box(unit, low[left[0]], stop[left[0]])
-        start = [piece[i].start for i in ZYX]
-        end = [piece[i].stop for i in ZYX]
-        within = ((low[left] >= start) & (stop[left] <= end)).all(axis=1)
-        if not within.any():
+    outlines: dict[int, Outline] = {}
+    flat = 3 - ndim
+    for piece in _pieces(unit):
+        start = np.array([piece[i].start for i in ZYX])
+        end = np.array([piece[i].stop for i in ZYX])
+        left = left[stop[left, 0] > start[0]]
+        met = left[((low[left] < end) & (stop[left] > start)).all(axis=1)]
+        if not met.size:
             continue
         part = _volume(grid, piece)
-        for number, i in enumerate(left[within]):
+        firsts, lasts = np.maximum(low[met], start), np.minimum(stop[met], end)
+        for number, i in enumerate(met.tolist()):
             if number % OBJECTS == 0:
                 yield tick
-            box = tuple(map(slice, low[i] - start, stop[i] - start))
-            result[i] = solidity((part[box] == sums.labels[i])[(0,) * (3 - ndim)])
-        left = left[~within]
+            box = tuple(map(slice, firsts[number] - start, lasts[number] - start))
+            mask = (part[box] == sums.labels[i])[(0,) * flat]
+            # An object may reach on into the next pieces.
+            outline = outlines.pop(i, None) or Outline((stop[i] - low[i])[flat:])
+            outline.add(mask, (firsts[number] - low[i])[flat:])
+            if (stop[i] <= end).all():
+                result[i] = outline.solidity()
+            else:
+                outlines[i] = outline
     return result
-
-
-def _box(
-    unit: tuple[slice, ...], low: NDArray[Any], stop: NDArray[Any]
-) -> tuple[slice, ...]:
-    z, y, x = map(slice, low.tolist(), stop.tolist())
-    return unit[0], z, unit[2], y, x
 
 
 def _size_and_place(sums: Sums, size: Mapping[str, float]) -> dict[str, NDArray[Any]]:
