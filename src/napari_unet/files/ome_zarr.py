@@ -11,6 +11,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from napari_unet.errors import BadInput
+from napari_unet.files.slabs import Slabs
 from napari_unet.files.source import (
     UNNAMED,
     Source,
@@ -103,7 +104,7 @@ def read_ome_zarr(path: Path, max_bytes: int | None = None) -> Source:
         array = _open_array(path, level)
         axes, units = _axes(path, image, array.ndim)
         check_array(path, array.shape, axes, np.dtype(array.dtype))
-        data = _load(path, level, array, notes, max_bytes)
+        data = _load(path, level, array, axes, notes, max_bytes)
         pixel_size = _pixel_size(axes, units, image, dataset)
     return Source(path, data, axes, pixel_size, tuple(notes))
 
@@ -249,7 +250,7 @@ def _pixel_size(
 
 
 class _Chunks:
-    """A Zarr array for dask, whose damaged chunks are reported as bad input."""
+    """A Zarr array whose damaged chunks are reported as bad input."""
 
     def __init__(self, path: Path, array: zarr.Array) -> None:
         self._path = path
@@ -269,6 +270,7 @@ def _load(
     path: Path,
     level: Path,
     array: zarr.Array,
+    axes: str,
     notes: list[str],
     max_bytes: int | None,
 ) -> NDArray[Any] | dask.array.Array:
@@ -292,6 +294,7 @@ def _load(
             f"{array.fill_value}."
         )
     if nbytes > (memory_budget() if max_bytes is None else max_bytes):
-        return lazy_array(path, chunks, "auto")
+        kept = Slabs(chunks, axes, array.chunks)
+        return lazy_array(path, kept, "auto")
     data = chunks[...]
     return data.astype(data.dtype.newbyteorder("="), copy=False)
