@@ -278,7 +278,7 @@ def test_a_lost_scheduler(place, reference):
             run_to_end(steps)
     assert time.monotonic() - started < 60
     assert "to the Dask scheduler at tcp://" in str(caught.value)
-    assert "of 12 images were done and are kept; the same" in str(caught.value)
+    assert "of 12 images are done and kept; resume the batch" in str(caught.value)
     assert caught.value.exit_code == 5
     psutil.wait_procs(processes, 10)  # so that what they left can be swept
     (place / "in" / "slow").unlink()
