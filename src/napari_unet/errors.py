@@ -13,6 +13,10 @@ class BadModel(UnetError):
     exit_code = 2
 
 
+class NeedsTrust(BadModel):
+    """A checkpoint is a program, from which weights are taken with consent only."""
+
+
 class BadInput(UnetError):
     """An image, label file or argument cannot be used."""
 

@@ -31,6 +31,14 @@ _ImportedName = Annotated[
         "--name", metavar="NAME", help="In the library; that of the file by default."
     ),
 ]
+_Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Take the weights also out of a program (TorchScript, a pickled network), "
+        "which could do anything you can do: only if you trust whoever made it.",
+    ),
+]
 _Target = Annotated[
     Path,
     typer.Argument(
@@ -112,16 +120,18 @@ def describe(name: _NameOrFile) -> None:
 
 
 @models.command("import")
-def import_(file: _File, name: _ImportedName = None) -> None:
+def import_(file: _File, name: _ImportedName = None, trust: _Trust = False) -> None:
     """Copy a checkpoint into the library.
 
     Example: napari-unet models import downloads/cells.safetensors --name cells
     """
+    from napari_unet.cli.progress import Console
     from napari_unet.models.description import summary
     from napari_unet.models.family import read_entry
-    from napari_unet.models.library import find_model, import_model
+    from napari_unet.models.library import find_model, import_steps
 
-    got = import_model(file, name)
+    steps = import_steps(file, name, trust=trust)
+    got = Console(quiet=False).follow(steps, "Import", unit="files")
     entry = read_entry(got, find_model(got))
     about = "" if entry.header is None else f": {summary(entry.header)}"
     typer.echo(one_line(f"Imported as {got}{about}"))

@@ -10,7 +10,7 @@ import struct
 import zipfile
 from typing import BinaryIO
 
-from napari_unet.errors import BadModel
+from napari_unet.errors import BadModel, NeedsTrust
 
 SAFETENSORS = "safetensors"
 TORCH_ZIP = "torch zip"
@@ -29,11 +29,15 @@ _NOTES = {
     ".storage_alignment",
     ".data/serialization_id",
 }
-_PROGRAM = (
-    "It is a program (TorchScript or an exported graph), not weights, and opening it "
-    "would run it. Ask for the weights as a state dict: in Python, "
-    "torch.save(model.state_dict(), 'weights.pt')."
+_SCRIPT = (
+    "It is a program (TorchScript), not weights alone, and torch would run it to read "
+    "them."
 )
+_EXPORTED = (
+    "It is a program (a graph that torch.export has written), not weights. Ask for the "
+    "weights as a state dict: in Python, torch.save(model.state_dict(), 'weights.pt')."
+)
+_PICKLE = "It is a plain Python pickle, which can run any program when opened."
 _DAMAGED = "Get the file again."
 
 
@@ -47,6 +51,8 @@ def container(start: bytes, end: bytes) -> str:
 
     Raises
     ------
+    NeedsTrust
+        If it is a plain Python pickle.
     BadModel
         Naming what the file is instead, where that can be told.
     """
@@ -56,6 +62,8 @@ def container(start: bytes, end: bytes) -> str:
         return TORCH_LEGACY
     if start[8:9] == b"{":
         return SAFETENSORS
+    if len(start) > 8 and start[0] == 0x80 and 2 <= start[1] <= 5:
+        raise NeedsTrust(_PICKLE)
     raise BadModel(_other(start, end))
 
 
@@ -92,12 +100,6 @@ def _other(start: bytes, end: bytes) -> str:
         return f"It is a TensorFlow SavedModel. {weights}"
     if start[0] == 8 and start[1] < 32 and start[2:3] in (b"\x12", b"\x1a", b":"):
         return f"It is an ONNX network, whose layers cannot be fine-tuned. {weights}"
-    if start[0] == 0x80 and 2 <= start[1] <= 5:
-        return (
-            "It is a plain Python pickle, which can run any program when opened. If "
-            "you trust where it came from, load it in Python and save the weights: "
-            "torch.save(model.state_dict(), 'weights.pt')."
-        )
     return (
         "It is not a napari-unet checkpoint, nor one that torch or safetensors wrote. "
         "Choose a .safetensors, .pt, .pth or .ckpt file, or get the file again."
@@ -126,6 +128,8 @@ def read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
 
     Raises
     ------
+    NeedsTrust
+        If it is TorchScript.
     BadModel
         If it is incomplete, damaged, another kind of archive or not plain.
     """
@@ -201,8 +205,10 @@ def _check_names(members: list[zipfile.ZipInfo]) -> str:
     names = [member.filename for member in members]
     root = names[0].partition("/")[0] + "/"
     inner = {name.removeprefix(root) for name in names}
-    if any(n == "constants.pkl" or n.startswith(("code/", "models/")) for n in inner):
-        raise BadModel(_PROGRAM)
+    if any(name.startswith("models/") for name in inner):
+        raise BadModel(_EXPORTED)
+    if any(name == "constants.pkl" or name.startswith("code/") for name in inner):
+        raise NeedsTrust(_SCRIPT)
     if "data.pkl" not in inner:
         raise BadModel(_other_archive(names))
     seen = set()

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from pydantic import ValidationError
 
-from napari_unet.errors import BadInput, BadModel, BadOutput
+from napari_unet.errors import BadInput, BadModel, BadOutput, NeedsTrust
 from napari_unet.files.atomic import atomic_path, bad_output, make_scratch, sweep
 from napari_unet.models.checkpoint import read_header, read_model, save_model
 from napari_unet.models.model import Model, Passport
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
 
+    from napari_unet.steps import Progress
 
 BUNDLED = Path(__file__).parent / "bundled"
 SUFFIX = ".safetensors"
@@ -202,7 +204,16 @@ def own_file(name: str) -> Path:
 # --- changing -----------------------------------------------------------------
 
 
-def import_model(path: str | Path, name: str | None = None) -> str:
+def import_model(
+    path: str | Path, name: str | None = None, *, trust: bool = False
+) -> str:
+    """Copy a model into the library: `import_steps` to its end."""
+    return run_to_end(import_steps(path, name, trust=trust))
+
+
+def import_steps(
+    path: str | Path, name: str | None = None, *, trust: bool = False
+) -> Generator[Progress, None, str]:
     """Copy a model into the library.
 
     Parameters
@@ -211,6 +222,14 @@ def import_model(path: str | Path, name: str | None = None) -> str:
         Any file that `load_model` reads. It is not changed.
     name : str, optional
         In the library; by default that of the file, with a number if it is taken.
+    trust : bool
+        Whether the user has consented to what `trust.explain` says, so that a program
+        (a pickled network, TorchScript) may be converted.
+
+    Yields
+    ------
+    Progress
+        While a program is converted.
 
     Returns
     -------
@@ -219,6 +238,8 @@ def import_model(path: str | Path, name: str | None = None) -> str:
 
     Raises
     ------
+    NeedsTrust
+        If the file is a program, and ``trust`` is not given.
     BadModel
         If the file cannot be used.
     BadInput
@@ -229,7 +250,15 @@ def import_model(path: str | Path, name: str | None = None) -> str:
     path = Path(path).expanduser()
     if name is not None and (problem := name_problem(name)):
         raise BadInput(problem)  # before a long look at the file
-    model = load_model(path.absolute())
+    try:
+        model = load_model(path.absolute())
+    except NeedsTrust:
+        if not trust:
+            raise
+        from napari_unet.models.foreign import import_checked
+        from napari_unet.models.trust import convert_steps
+
+        model = import_checked(path, (yield from convert_steps(path)))
     name = name or _free_name(path.stem)
     passport = model.passport
     if passport.name == Passport().name:

@@ -14,7 +14,7 @@ import pickletools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from napari_unet.errors import BadModel
+from napari_unet.errors import BadModel, NeedsTrust
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,8 +127,10 @@ def follow_pickle(
 
     Raises
     ------
+    NeedsTrust
+        If it asks for code to be run that plain weights do not need.
     BadModel
-        If it asks for anything that plain weights do not need, or is damaged.
+        If it holds more than a network has, or is damaged.
     """
     machine = _Machine()
     stream = io.BytesIO(content)
@@ -159,9 +161,9 @@ def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
     while (opcode := _OPCODES[stream.read(1).decode("latin-1")]).name != "STOP":
         name = opcode.name
         if name not in _INSTRUCTIONS:
-            raise BadModel(
+            raise NeedsTrust(
                 f"It uses the pickle instruction {name}, which weights do not need and "
-                f"which can run programs. {_SAVE_AGAIN}"
+                "which can run programs."
             )
         argument = None
         if name == "GLOBAL":
@@ -237,9 +239,9 @@ class _Machine:
             _expect(argument.isascii())
             self._stack.append(argument)
         elif argument != 2:  # of PROTO
-            raise BadModel(
+            raise NeedsTrust(
                 f"It was saved with pickle protocol {argument}, which cannot be read "
-                "safely. Save it again with torch.save's own protocol."
+                "safely."
             )
 
     def _take(self, count: int) -> list[Any]:
@@ -291,9 +293,8 @@ class _Machine:
         """Return the storage that a persistent id refers to."""
         _expect(type(reference) is tuple and len(reference) >= 1)
         if reference[0] == "module":
-            raise BadModel(
-                "It is a whole network with its program code, not weights alone. "
-                f"{_SAVE_AGAIN}"
+            raise NeedsTrust(
+                "It is a whole network with its program code, not weights alone."
             )
         kind, name, key, location, count, *view = reference
         _expect(kind == "storage" and type(name) is _Name and name.path in _STORAGES)
@@ -349,9 +350,9 @@ def _known(module: str, name: str) -> _Name:
             f"It keeps numpy values ({shown[:80]}) beside its weights, which cannot be "
             f"read safely. {_SAVE_AGAIN}"
         )
-    raise BadModel(
+    raise NeedsTrust(
         f"It asks for {shown[:80]} to be called or made when it is opened. Weights "
-        f"need none of that, and it could run any program. {_SAVE_AGAIN}"
+        "need none of that, and it could run any program."
     )
 
 

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from napari_unet.errors import BadModel
+from napari_unet.errors import BadModel, NeedsTrust
 from napari_unet.models.containers import (
     MAX_MEMBERS,
     MAX_PICKLE,
@@ -52,6 +52,10 @@ _ITEM_SIZES = {
     "BOOL": 1,
 }
 _DAMAGED = "Get the file again."
+_CONSENT = (
+    "Ask for the weights alone: torch.save(model.state_dict(), 'weights.pt'). If you "
+    "trust whoever made it, `napari-unet models import --trust` takes them out of it."
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,11 @@ def read_checked(path: str | Path) -> CheckedFile:
 
     Raises
     ------
+    NeedsTrust
+        If it asks for code to be run, as pickled networks and TorchScript do. None
+        was; ``__cause__`` says what it asks for, without advice.
     BadModel
-        If the file is missing, damaged, no such checkpoint or asks for more than
+        If the file is missing, damaged, no such checkpoint or holds more than
         plain weights need.
     """
     path = Path(path)
@@ -104,6 +111,8 @@ def read_checked(path: str | Path) -> CheckedFile:
             f"Cannot read the checkpoint {path}: {error.strerror or error}. Check "
             "the path."
         ) from error
+    except NeedsTrust as error:
+        raise NeedsTrust(f"{path.name} cannot be used. {error} {_CONSENT}") from error
     except BadModel as error:
         raise BadModel(f"{path.name} cannot be used. {error}") from error
 
