@@ -96,6 +96,7 @@ def _measure(
             label_axes=axes,
             image_axes=image.axes,
             pixel_size=done.pixel_size,
+            channel_names=image.channel_names,
             ndim=model.ndim,
             regions=[index for index, kind in enumerate(kinds) if kind == "region"],
         )

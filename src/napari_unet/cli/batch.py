@@ -26,8 +26,9 @@ from napari_unet.cli.options import (
     settings_of,
 )
 from napari_unet.cli.progress import follow
-from napari_unet.cli.words import duration, one_line
+from napari_unet.cli.words import one_line
 from napari_unet.errors import Cancelled
+from napari_unet.steps import describe_seconds
 
 if TYPE_CHECKING:
     from napari_unet.batch.folder import BatchProgress
@@ -76,9 +77,11 @@ _Pattern = Annotated[
     ),
 ]
 _Recursive = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--recursive", "-r", help="Go into subfolders, which the results mirror."
+        "--recursive/--no-recursive",
+        "-r",
+        help="Go into subfolders, which the results mirror.",
     ),
 ]
 _FormatOption = Annotated[
@@ -88,9 +91,9 @@ _FormatOption = Annotated[
     ),
 ]
 _Measure = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--measure",
+        "--measure/--no-measure",
         help="Measure each object; all measurements go into measurements.csv.",
     ),
 ]
@@ -128,10 +131,10 @@ def batch(
     output_folder: _Output = None,
     model: _ModelName = None,
     pattern: _Pattern = None,
-    recursive: _Recursive = False,
+    recursive: _Recursive = None,
     output_format: _FormatOption = None,
-    probabilities: KeepProbabilities = False,
-    measure: _Measure = False,
+    probabilities: KeepProbabilities = None,
+    measure: _Measure = None,
     job: _JobFile = None,
     resume: _Resume = False,
     scheduler: _Scheduler = None,
@@ -144,7 +147,7 @@ def batch(
     minimal_size: MinimalSize = None,
     split_touching: Split = None,
     tile: TileSide = None,
-    test_time_augmentation: Augment = False,
+    test_time_augmentation: Augment = None,
     precision: PrecisionOption = None,
     quiet: Quiet = False,
 ) -> None:
@@ -172,10 +175,10 @@ def batch(
         "output": output_folder,
         "model": model,
         "pattern": pattern,
-        "recursive": recursive or None,
+        "recursive": recursive,
         "format": output_format.value if output_format else None,
-        "probabilities": probabilities or None,
-        "measure": measure or None,
+        "probabilities": probabilities,
+        "measure": measure,
         "axes": axes,
         "pixel_size": pixel_size,
     }
@@ -227,7 +230,11 @@ def _run(job: BatchJob, how: dict[str, Any], *, quiet: bool) -> None:
     if report.error:
         raise report.error
     if not quiet:
-        typer.echo(one_line(f"{len(report.entries)} images: {report.report}"))
+        count = len(report.entries)
+        words = f"{count} image{'s' * (count != 1)}"
+        if noted := sum(bool(entry.notes) for entry in report.entries):
+            words += f", {noted} with notes"
+        typer.echo(one_line(f"{words}: {report.report}"))
 
 
 class _Lines:
@@ -241,11 +248,13 @@ class _Lines:
         bar.set_description_str(one_line(step.message), refresh=False)
         entry = step.entry
         if step.note:
-            self._write(f"Note: {step.note}", sys.stderr)
+            own = step.name.rpartition("/")[2]
+            whose = "" if own in step.note else f"{step.name}: "
+            self._write(f"Note: {whose}{step.note}", sys.stderr)
         if entry is None:
             return
         if step.status == "done":
-            seconds = duration(entry.seconds)
+            seconds = describe_seconds(entry.seconds)
             self._write(f"{entry.name}: {entry.found}, {seconds}", sys.stdout)
         elif step.status == "failed":
             self._write(f"Failed: {entry.name}: {entry.reason}", sys.stderr, True)

@@ -43,9 +43,9 @@ ModelName = Annotated[
     ),
 ]
 KeepProbabilities = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--probabilities",
+        "--probabilities/--no-probabilities",
         help="Also write how sure the model is of each class at each pixel.",
     ),
 ]
@@ -119,9 +119,9 @@ TileSide = Annotated[
     ),
 ]
 Augment = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--test-time-augmentation",
+        "--test-time-augmentation/--no-test-time-augmentation",
         help="Average over 8 flips and rotations: a little better, 8 times slower.",
     ),
 ]
@@ -145,7 +145,7 @@ def settings_of(
     minimal_size: int | None,
     split_touching: bool | None,
     tile: int | None,
-    test_time_augmentation: bool,
+    test_time_augmentation: bool | None,
     precision: Precision | None,
 ) -> dict[str, Any]:
     """Return the fields of `SegmentSettings` that were given."""
@@ -156,7 +156,7 @@ def settings_of(
         "minimal_size": minimal_size,
         "split_touching": split_touching,
         "tile": tile,
-        "test_time_augmentation": test_time_augmentation or None,
+        "test_time_augmentation": test_time_augmentation,
         "precision": precision.value if precision else None,
     }
     return {name: value for name, value in given.items() if value is not None}

@@ -26,8 +26,9 @@ from napari_unet.cli.options import (
     settings_of,
 )
 from napari_unet.cli.progress import Console
-from napari_unet.cli.words import duration, one_line
+from napari_unet.cli.words import one_line
 from napari_unet.errors import BadInput, OutOfMemory, Partial
+from napari_unet.steps import describe_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -61,7 +62,7 @@ def segment(
     inputs: _Inputs,
     model: ModelName,
     output: _Output,
-    probabilities: KeepProbabilities = False,
+    probabilities: KeepProbabilities = None,
     axes: Axes = None,
     channels: Channels = None,
     pixel_size: PixelSize = None,
@@ -70,7 +71,7 @@ def segment(
     minimal_size: MinimalSize = None,
     split_touching: Split = None,
     tile: TileSide = None,
-    test_time_augmentation: Augment = False,
+    test_time_augmentation: Augment = None,
     precision: PrecisionOption = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -83,7 +84,7 @@ def segment(
 
     Example: napari-unet segment cells/ -m nuclei -o labels/
     """
-    items = plan_files(inputs, output, probabilities=probabilities)
+    items = plan_files(inputs, output, probabilities=bool(probabilities))
     folder = items[0].labels.parent
     check_plan(items, folder, overwrite=overwrite)
     # Only now the slow imports.
@@ -135,7 +136,7 @@ def _segment_all(
                     raise
                 failures[item.image] = error
             else:
-                found = f"{entry.found}, {duration(entry.seconds)}"
+                found = f"{entry.found}, {describe_seconds(entry.seconds)}"
                 console.result(f"{item.image} -> {item.labels}: {found}")
     finally:
         for image, why in failures.items():

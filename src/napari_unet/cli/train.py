@@ -15,8 +15,9 @@ import typer
 
 from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.progress import follow
-from napari_unet.cli.words import duration, one_line
+from napari_unet.cli.words import one_line
 from napari_unet.errors import BadInput, BadOutput
+from napari_unet.steps import describe_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -215,8 +216,8 @@ def train(
     save_model(better, output)
     snapshot.unlink(missing_ok=True)
     if not quiet:
-        seconds = time.perf_counter() - started
-        typer.echo(one_line(f"{output}: {_summary(better)}, {duration(seconds)}"))
+        took = describe_seconds(time.perf_counter() - started)
+        typer.echo(one_line(f"{output}: {_summary(better)}, {took}"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
-"""How the command line puts things: in one line, and for people."""
+"""How the command line puts things: in one line."""
 
 from __future__ import annotations
 
-__all__ = ["duration", "one_line"]
+__all__ = ["one_line"]
 
 
 def one_line(text: object) -> str:
@@ -13,11 +13,3 @@ def one_line(text: object) -> str:
 def _is_byte(character: str) -> bool:
     """Tell whether a character stands for a byte of a name that is not text."""
     return "\udc80" <= character <= "\udcff"
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"

@@ -49,6 +49,9 @@ class ImageFile:
         The file.
     notes : tuple of str
         Sentences that the user should see, e.g. of what was ignored.
+    channel_names : tuple of str
+        One for each channel along C, where the file names any; a number where it
+        does not name that one.
     """
 
     data: NDArray[Any] | dask.array.Array
@@ -56,6 +59,7 @@ class ImageFile:
     pixel_size: dict[str, float] = field(default_factory=dict)
     path: Path = Path()
     notes: tuple[str, ...] = ()
+    channel_names: tuple[str, ...] = ()
 
 
 def read_image(
@@ -135,7 +139,7 @@ def _settle_axes(source: Source, wanted: str | None) -> ImageFile:
     notes = list(source.notes)
     kept = [i for i, a in enumerate(found) if a in "YX" or data.shape[i] > 1]
     data = data[tuple(slice(None) if i in kept else 0 for i in range(data.ndim))]
-    found = "".join(found[i] for i in kept)
+    own = found = "".join(found[i] for i in kept)
     if wanted is not None:
         if len(wanted) != data.ndim:
             shown = found.replace(UNNAMED, "?")
@@ -155,7 +159,20 @@ def _settle_axes(source: Source, wanted: str | None) -> ImageFile:
     if {"Y", "X"} - set(axes):
         raise BadInput(f"{source.path.name} has no image plane (its axes are {axes}).")
     size = {a: s for a, s in source.pixel_size.items() if a in axes}
-    return ImageFile(data, axes, size, source.path, tuple(notes))
+    place = axes.find("C")
+    # Another axis may have been told to be the channels.
+    count = data.shape[place] if place >= 0 and own[place] == "C" else 0
+    names = _channel_names(source.channel_names, count)
+    return ImageFile(data, axes, size, source.path, tuple(notes), names)
+
+
+def _channel_names(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Return a name in one line for each channel, if the file names any of them."""
+    plain = ("".join(c if c.isprintable() else " " for c in name) for name in names)
+    short = [" ".join(name.split())[:60] for name in plain]
+    if len(short) != count or not any(short):
+        return ()
+    return tuple(name or str(number) for number, name in enumerate(short))
 
 
 def _name_unnamed(path: Path, axes: str, shape: tuple[int, ...]) -> str:

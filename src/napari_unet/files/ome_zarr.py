@@ -106,7 +106,8 @@ def read_ome_zarr(path: Path, max_bytes: int | None = None) -> Source:
         check_array(path, array.shape, axes, np.dtype(array.dtype))
         data = _load(path, level, array, axes, notes, max_bytes)
         pixel_size = _pixel_size(axes, units, image, dataset)
-    return Source(path, data, axes, pixel_size, tuple(notes))
+    names = _channel_names(attributes)
+    return Source(path, data, axes, pixel_size, tuple(notes), names)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -125,6 +126,16 @@ def _attributes(path: Path) -> dict[str, Any]:
     attributes = _read_json(path / "zarr.json").get("attributes", {})
     ome = attributes.get("ome", attributes) if isinstance(attributes, dict) else {}
     return ome if ome else _read_json(path / ".zattrs")
+
+
+def _channel_names(attributes: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names for display, "" for a channel without one."""
+    told = attributes.get("omero")
+    channels = told.get("channels") if isinstance(told, dict) else None
+    if not isinstance(channels, list):
+        return ()
+    labels = [c.get("label") if isinstance(c, dict) else None for c in channels]
+    return tuple(label if isinstance(label, str) else "" for label in labels)
 
 
 def _examples(path: Path) -> str:

@@ -51,6 +51,8 @@ class Source:
         Axis letter to micrometres.
     notes : tuple of str
         What the user should know.
+    channel_names : tuple of str
+        As the file names its channels, "" for one that it does not name.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Source:
     axes: str
     pixel_size: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    channel_names: tuple[str, ...] = ()
 
 
 @contextmanager

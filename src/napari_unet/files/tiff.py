@@ -82,8 +82,9 @@ def read_tiff(path: Path, max_bytes: int | None = None) -> Source:
         axes = series.get_axes(squeeze=False)
         keyframe = series.keyframe
         is_rgb = _is_rgb(keyframe)
+        names = ome.channel_names if ome is not None and series.kind == "ome" else ()
     data, axes = _settle_samples(path, assemble(planes, max_bytes), axes, is_rgb)
-    return Source(path, data, axes, pixel_size, tuple(notes))
+    return Source(path, data, axes, pixel_size, tuple(notes), names)
 
 
 def _checked_planes(

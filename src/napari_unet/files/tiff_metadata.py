@@ -85,12 +85,15 @@ class OmeFile:
         Of the first image, in micrometres.
     part_of : str
         Name of the file with the real header, where this one only refers to it.
+    channel_names : tuple of str
+        Of the first image, "" for a channel without a name.
     """
 
     images: int = 0
     planes: int = 0
     pixel_size: dict[str, float] = field(default_factory=dict)
     part_of: str = ""
+    channel_names: tuple[str, ...] = ()
 
 
 def read_ome(xml: str, path: Path) -> OmeFile:
@@ -143,6 +146,9 @@ def read_ome(xml: str, path: Path) -> OmeFile:
         images=len(images),
         planes=_planes(described[0]),
         pixel_size=_ome_pixel_size(described[0].attrib),
+        channel_names=tuple(
+            channel.attrib.get("Name", "") for channel in _find(described[0], "Channel")
+        ),
     )
 
 

@@ -14,14 +14,13 @@ from qtpy.QtWidgets import (
     QVBoxLayout,
     QWidget,
 )
-from superqt import QCollapsible
 
 from napari_unet.batch.job import BatchJob
 from napari_unet.errors import BadInput
 from napari_unet.inference.backends import DEVICES
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.widgets import _session
-from napari_unet.widgets._dock import form_rows, text_label, while_alive
+from napari_unet.widgets._dock import form_rows, make_fold, text_label, while_alive
 from napari_unet.widgets._folder_field import FolderField
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
@@ -33,6 +32,8 @@ from napari_unet.widgets._running import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from superqt import QCollapsible
 
     from napari_unet.batch.job import SegmentSettings
     from napari_unet.models.model import Model
@@ -69,7 +70,7 @@ class BatchForm(QWidget):
         self.objects = ObjectsPanel(self._on_change)
         self.objects.count.hide()
         column.addWidget(self.objects)
-        column.addWidget(self._fold())
+        column.addWidget(self._more())
         session.events.model.connect(self._on_model)
         session.events.objects.connect(self._on_objects)
         if session.model is not None:
@@ -145,7 +146,7 @@ class BatchForm(QWidget):
         column.addLayout(boxes)
         return column
 
-    def _fold(self) -> QCollapsible:
+    def _more(self) -> QCollapsible:
         self._axes = LineEdit(
             label="Axes",
             tooltip="One letter for each axis of the images: T, C, Z, Y, X, S "
@@ -171,25 +172,13 @@ class BatchForm(QWidget):
             text="Exact on the GPU, too",
             tooltip="Slower on a GPU, with the same numbers as on the CPU.",
         )
-        rows: list[Any] = [
-            self._axes,
-            self._pixel_size,
-            self._channels,
-            self._device,
-            self._tile,
+        fields: list[Any] = [
+            *(self._axes, self._pixel_size, self._channels),
+            *(self._device, self._tile, self._augment, self._float32),
         ]
-        boxes: list[Any] = [self._augment, self._float32]
-        page = QWidget()
-        page.setLayout(form := form_rows())
-        for row in rows:
-            form.addRow(row.label, row.native)
-        for box in boxes:
-            form.addRow(box.native)
-        for field in rows + boxes:
+        for field in fields:
             field.changed.connect(lambda _: self._on_change())
-        fold = QCollapsible("More")
-        fold.addWidget(page)
-        return fold
+        return make_fold(fields)
 
     # --- what follows what ------------------------------------------------------------
 

@@ -71,9 +71,16 @@ def run_batch_steps(
                     yield gathered.take()
                 report: BatchReport = stop.value
                 return report
-            gathered.add(step)
-            if gathered.is_due:
+            if step.name:
+                gathered.add(step)
+                if gathered.is_due:
+                    yield gathered.take()
+                continue
+            # What is done beside the files comes seldom, and may take long.
+            if gathered.changed:
                 yield gathered.take()
+            done = PARTS * step.done // max(step.total, 1)
+            yield BatchStep(done, PARTS, step.message or "preparing", step.note)
 
 
 class _Gathered:
@@ -81,8 +88,8 @@ class _Gathered:
 
     def __init__(self) -> None:
         self.changed: dict[str, Row] = {}
-        self._notes: dict[str, str] = {}
         self._note = ""
+        self._is_noted = False  # whether there was one
         self._is_plan = True
         self._last: BatchProgress | None = None
         self._running = 0, ""
@@ -92,11 +99,9 @@ class _Gathered:
         """Take up one step."""
         if step.status == "running":
             self._running = max(self._running, (step.index + 1, step.name))
-        if step.note:
-            self._note = self._note or step.note
-            self._notes[step.name] = step.note
-        note = self._notes.get(step.name, "")
-        self.changed[step.name] = Row(step.name, step.status, step.entry, note)
+        if step.note and not self._is_noted:  # all are in the tips of their rows
+            self._note, self._is_noted = step.note, True
+        self.changed[step.name] = Row(step.name, step.status, step.entry)
         self._last = step
 
     @property

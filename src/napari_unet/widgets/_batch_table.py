@@ -14,6 +14,8 @@ from qtpy.QtWidgets import (
     QTableView,
 )
 
+from napari_unet.steps import describe_seconds
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -46,14 +48,11 @@ class Row:
         As in `BatchProgress` and `FileState`.
     entry : Entry or None
         What became of it.
-    note : str
-        What the user should know of it.
     """
 
     name: str
     status: str
     entry: Entry | None = None
-    note: str = ""
 
     def text(self, column: int) -> str:
         """Return what a cell says."""
@@ -65,7 +64,8 @@ class Row:
                 own = self.name.rpartition("/")[2]  # is said in this row already
                 return f"failed: {entry.reason.removeprefix(own).lstrip()}"
             words = _WORDS.get(self.status, self.status)
-            return f"{words}, note" if self.note and words == "done" else words
+            has_notes = entry is not None and entry.notes
+            return f"{words}, note" if has_notes and words == "done" else words
         if entry is None or entry.status != "done":
             return ""
         if column == TIME:
@@ -84,18 +84,10 @@ class Row:
     @property
     def tip(self) -> str:
         """All that there is to say, in full."""
-        reason = "" if self.entry is None else self.entry.reason
-        found = "" if self.entry is None else self.entry.found
-        return "\n".join(filter(None, (self.name, found, reason, self.note)))
-
-
-def describe_seconds(seconds: float) -> str:
-    """Say how long something took: 0.4 s, 12 s, 3:10, 1:02:10."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        if (entry := self.entry) is None:
+            return self.name
+        told = self.name, entry.found, entry.reason, *entry.notes
+        return "\n".join(filter(None, told))
 
 
 def _count_same(names: list[str]) -> int:

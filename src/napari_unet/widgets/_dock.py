@@ -6,6 +6,7 @@ import time
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from magicgui.widgets import CheckBox
 from qtpy.compat import isalive
 from qtpy.QtCore import QObject, Qt
 from qtpy.QtWidgets import (
@@ -21,11 +22,12 @@ from qtpy.QtWidgets import (
     QVBoxLayout,
     QWidget,
 )
+from superqt import QCollapsible
 
 from napari_unet.steps import Progress  # noqa: TC001 (Qt slots)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -95,6 +97,26 @@ def text_label(lines: int = 1) -> QLabel:
     label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
     label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
     return label
+
+
+def make_fold(fields: Iterable[Any]) -> QCollapsible:
+    """Put options that most people never touch under a closed fold.
+
+    Parameters
+    ----------
+    fields : iterable of magicgui widgets
+        In rows; check boxes, which say themselves what they are, without a label.
+    """
+    page = QWidget()
+    page.setLayout(form := form_rows())
+    for field in fields:
+        if isinstance(field, CheckBox):
+            form.addRow(field.native)
+        else:
+            form.addRow(field.label, field.native)
+    fold = QCollapsible("More")
+    fold.addWidget(page)
+    return fold
 
 
 def heading(text: str) -> QWidget:

@@ -10,6 +10,7 @@ from napari.utils.notifications import show_info
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
+from napari_unet.steps import describe_seconds
 from napari_unet.widgets._dock import JobRow, while_alive
 from napari_unet.widgets._live import Previews
 from napari_unet.widgets._outcome import Outcome
@@ -176,8 +177,8 @@ class Learning(QWidget):
         self._new = model
         self.outcome.offer(model)
         self._session.library_changed.emit("", self._name)
-        minutes, seconds = divmod(int(self.job.seconds), 60)
-        words = f"Done in {minutes}:{seconds:02d}. {self._name!r} is in the library."
+        took = describe_seconds(self.job.seconds)
+        words = f"Done in {took}. {self._name!r} is in the library."
         self.say(" ".join([words, *self._notes]))
 
     @while_alive

@@ -14,11 +14,12 @@ from napari_unet.batch.job import FILE_NAME, BatchJob
 from napari_unet.batch.plan import REPORT
 from napari_unet.batch.survey import Survey, survey_steps
 from napari_unet.errors import UnetError
+from napari_unet.steps import describe_seconds
 from napari_unet.widgets import _session
 from napari_unet.widgets._batch_form import BatchForm
 from napari_unet.widgets._batch_open import ResultOpener
 from napari_unet.widgets._batch_run import run_batch_steps
-from napari_unet.widgets._batch_table import FileTable, Row, describe_seconds
+from napari_unet.widgets._batch_table import FileTable, Row
 from napari_unet.widgets._dock import Dock, JobRow, while_alive
 from napari_unet.widgets._worker import FollowUp, start_worker
 
@@ -61,7 +62,6 @@ class BatchWidget(Dock):
         self._problem = ""  # why there is none
         self._job: BatchJob | None = None  # whose files are in the table
         self._items: dict[str, Item] = {}  # those files
-        self._notes: dict[str, str] = {}  # of the last run, by the file
         self._changes = self._looked = 0  # counts, to leave out what is outdated
         self._outcome = ""  # of the last run, until something changes
         self._is_stopped = False  # whether that was before its end
@@ -139,7 +139,7 @@ class BatchWidget(Dock):
         self._job = survey.job
         self._items = {file.item.name: file.item for file in survey.files}
         self._table.show_rows(
-            Row(name, file.status, file.entry, self._notes.get(name, ""))
+            Row(name, file.status, file.entry)
             for name, file in zip(self._items, survey.files, strict=True)
         )
         self._refresh()
@@ -229,7 +229,7 @@ class BatchWidget(Dock):
             return
         self._remember(survey.job)
         self._job = survey.job
-        self._outcome, self._is_stopped, self._notes = "", True, {}
+        self._outcome, self._is_stopped = "", True
         self._set_running(True)
         self._worker = start_worker(
             run_batch_steps(
@@ -261,9 +261,8 @@ class BatchWidget(Dock):
 
     @while_alive
     def _on_step(self, step: BatchStep) -> None:
-        if step.note and not self._notes:  # more are in the tips of their rows
+        if step.note:
             show_info(step.note)
-        self._notes |= {row.name: row.note for row in step.changed.values() if row.note}
         if step.is_plan:
             self._table.show_rows(step.changed.values())
         else:

@@ -6,18 +6,23 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from magicgui.widgets import CheckBox, Container
+from magicgui.widgets import CheckBox
 from napari.utils.notifications import show_error, show_info
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
-from superqt import QCollapsible
 
 from napari_unet.errors import UnetError
 from napari_unet.inference.backends import DEVICES
 from napari_unet.inference.instances import ObjectSettings, ObjectTable
 from napari_unet.inference.store import ProbabilityStore, segment_stored_steps
 from napari_unet.widgets import _layers, _session
-from napari_unet.widgets._dock import Dock, JobRow, text_label, while_alive
+from napari_unet.widgets._dock import (
+    Dock,
+    JobRow,
+    make_fold,
+    text_label,
+    while_alive,
+)
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from napari.layers import Image, Labels
     from napari.qt.threading import GeneratorWorker
     from numpy.typing import NDArray
+    from superqt import QCollapsible
 
     from napari_unet.models.model import Model
     from napari_unet.steps import Progress
@@ -134,7 +140,7 @@ class SegmentWidget(Dock):
         self.column.addWidget(self._job)
         self._objects = ObjectsPanel(self._on_objects)
         self.column.addWidget(self._objects)
-        self.column.addWidget(self._fold(remembered))
+        self.column.addWidget(self._more(remembered))
         self.column.addStretch(1)
 
     def _scope_row(self, wanted: str) -> QHBoxLayout:
@@ -150,7 +156,7 @@ class SegmentWidget(Dock):
         row.addStretch(1)
         return row
 
-    def _fold(self, remembered: dict[str, Any]) -> QCollapsible:
+    def _more(self, remembered: dict[str, Any]) -> QCollapsible:
         self._device = choose_device()
         if (device := remembered.get("device")) in DEVICES:
             self._device.value = device
@@ -165,19 +171,12 @@ class SegmentWidget(Dock):
             text="New layer for each run",
             tooltip="Keep earlier results instead of updating them in place.",
         )
-        self._more = Container(
-            widgets=[
-                self._device,
-                self._tile,
-                self._augment,
-                self._show_probabilities,
-                self._new_layer,
+        return make_fold(
+            [
+                *(self._device, self._tile, self._augment),
+                *(self._show_probabilities, self._new_layer),
             ]
         )
-        self._more.margins = (0, 0, 0, 0)
-        fold = QCollapsible("More")
-        fold.addWidget(self._more.native)
-        return fold
 
     # --- what fits ----------------------------------------------------------------
 
