@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from napari_unet.errors import BadInput, BadModel, BadOutput, NeedsTrust
 from napari_unet.files.atomic import atomic_path, bad_output, make_scratch, sweep
+from napari_unet.models.bioimageio_package import is_package
 from napari_unet.models.checkpoint import read_header, read_model, save_model
 from napari_unet.models.model import Model, Passport
+from napari_unet.models.web import is_url
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ def load_model(name_or_path: str | Path) -> Model:
     Parameters
     ----------
     name_or_path : str or path
-        A name in the library, which comes first, or the path of a checkpoint.
+        A name in the library, which comes first, or the path of a checkpoint or of a
+        bioimage.io package.
 
     Returns
     -------
@@ -85,8 +88,12 @@ def load_model(name_or_path: str | Path) -> Model:
     if path is not None:
         return read_model(path)
     path = Path(name_or_path).expanduser()
-    if not path.suffix and len(path.parts) == 1 and not path.is_file():
+    if not path.suffix and len(path.parts) == 1 and not path.exists():
         raise _unknown(str(name_or_path), " or the path of a checkpoint")
+    if is_package(path):
+        from napari_unet.models.bioimageio import import_package
+
+        return import_package(path)
     return read_model(path)
 
 
@@ -219,9 +226,11 @@ def import_steps(
     Parameters
     ----------
     path : path
-        Any file that `load_model` reads. It is not changed.
+        Any file that `load_model` reads, or the address of a bioimage.io package on
+        the web. It is not changed.
     name : str, optional
-        In the library; by default that of the file, with a number if it is taken.
+        In the library; by default that of the file or package, with a number if it is
+        taken.
     trust : bool
         Whether the user has consented to what `trust.explain` says, so that a program
         (a pickled network, TorchScript) may be converted.
@@ -229,7 +238,7 @@ def import_steps(
     Yields
     ------
     Progress
-        While a program is converted.
+        While something is downloaded or converted.
 
     Returns
     -------
@@ -247,19 +256,10 @@ def import_steps(
     BadOutput
         If the library cannot be written.
     """
-    path = Path(path).expanduser()
     if name is not None and (problem := name_problem(name)):
         raise BadInput(problem)  # before a long look at the file
-    try:
-        model = load_model(path.absolute())
-    except NeedsTrust:
-        if not trust:
-            raise
-        from napari_unet.models.foreign import import_checked
-        from napari_unet.models.trust import convert_steps
-
-        model = import_checked(path, (yield from convert_steps(path)))
-    name = name or _free_name(path.stem)
+    model, stem = yield from _import_steps(path, trust)
+    name = name or _free_name(stem)
     passport = model.passport
     if passport.name == Passport().name:
         passport = passport.model_copy(update={"name": name})
@@ -268,6 +268,28 @@ def import_steps(
         with new_file(name) as file:
             move_file(saved, file)
     return name
+
+
+def _import_steps(
+    source: str | Path, trust: bool
+) -> Generator[Progress, None, tuple[Model, str]]:
+    """Make a model of anything; with it return what it could be called."""
+    path = Path(source).expanduser()
+    if is_url(source) or is_package(path):
+        from napari_unet.models.bioimageio import import_package_steps
+
+        where = source if is_url(source) else path
+        model = yield from import_package_steps(where, trust=trust)
+        return model, model.passport.name
+    try:
+        return load_model(path.absolute()), path.stem
+    except NeedsTrust:
+        if not trust:
+            raise
+    from napari_unet.models.foreign import import_checked
+    from napari_unet.models.trust import convert_steps
+
+    return import_checked(path, (yield from convert_steps(path))), path.stem
 
 
 def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Path:
