@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
-import shutil
 import time
 import traceback
 from contextlib import closing
@@ -23,7 +22,7 @@ from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.results import write_results, writing
 from napari_unet.batch.volume import BLOCK_PIXELS, segment_into_steps
 from napari_unet.errors import BadModel, BadOutput, UnetError
-from napari_unet.files.atomic import bad_output, make_scratch
+from napari_unet.files.atomic import bad_output, make_scratch, remove_scratch
 from napari_unet.files.images import ImageFile, read_image
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
@@ -157,7 +156,7 @@ class Segmented:
     def discard(self) -> None:
         """Remove the temporary files."""
         if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            remove_scratch(self.scratch)
 
 
 def read(item: Item, axes: str | None = None) -> Opened:
@@ -203,7 +202,7 @@ def compute_steps(
         found = yield from _noting_steps(steps, notes)
     except BaseException as error:
         if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_scratch(scratch)
             if isinstance(error, OSError):
                 raise bad_output(scratch, error) from error
         raise

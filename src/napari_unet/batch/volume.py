@@ -103,7 +103,10 @@ def segment_into_steps(
         if block_shape is None:
             steps = _units_steps(predictor, settings, labels, probabilities)
             return (yield from steps)
-        with TemporaryDirectory(prefix="napari-unet-", dir=scratch) as folder:
+        # What zarr still writes after an error is the caller's to wait for.
+        with TemporaryDirectory(
+            prefix="napari-unet-", dir=scratch, ignore_cleanup_errors=True
+        ) as folder:
             steps = _blocks_steps(
                 predictor, settings, labels, probabilities, block_shape, Path(folder)
             )

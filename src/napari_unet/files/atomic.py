@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_NAME_BYTES = 255
+WRITE_SECONDS = 10.0  # for what zarr has begun to write
 
 # Why it failed, and what to do: the errors that a user can do something about.
 _REASONS = {
@@ -228,7 +229,7 @@ def make_scratch(folder: str | os.PathLike[str]) -> Path:
     Returns
     -------
     Path
-        The caller deletes it.
+        Give it to :func:`remove_scratch` in the end.
 
     Raises
     ------
@@ -241,6 +242,28 @@ def make_scratch(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise bad_output(part, error) from error
     return part
+
+
+def remove_scratch(scratch: Path) -> None:
+    """Delete a folder for temporary files, of which some may be arrays of zarr.
+
+    Parameters
+    ----------
+    scratch : Path
+        From :func:`make_scratch`. What cannot be deleted is left to :func:`sweep`.
+    """
+    from zarr.core.sync import sync
+
+    # After an error zarr goes on with other chunks, and would make the folder anew.
+    sync(_end_of_other_tasks())
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+async def _end_of_other_tasks() -> None:
+    import asyncio
+
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=WRITE_SECONDS)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
