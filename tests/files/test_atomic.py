@@ -258,6 +258,37 @@ def test_folder_that_cannot_get_its_name_leaves_the_old_one(tmp_path, monkeypatc
     assert (tmp_path / "a.zarr" / "old").read_text() == "old"
 
 
+def test_folder_that_several_processes_replace_at_once(tmp_path):
+    """As when a worker that was taken for dead ends beside the one that follows it."""
+    script = """
+    import pathlib, sys
+    from napari_unet.files.atomic import atomic_folder
+
+    folder, version = pathlib.Path(sys.argv[1]), sys.argv[2]
+    print("ready", flush=True)
+    input()
+    for _ in range(300):
+        with atomic_folder(folder / "a.zarr") as part:
+            for name in "012":
+                (part / name).write_text(version)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), tmp_path]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    writers = [subprocess.Popen([*command, str(i)], **pipes) for i in range(3)]
+    for writer in writers:
+        assert writer.stdout.readline().strip() == b"ready"
+    for writer in writers:
+        writer.stdin.write(b"\n")
+        writer.stdin.flush()
+    for writer in writers:
+        told = writer.communicate(timeout=120)[1]
+        assert writer.returncode == 0, told
+    assert names(tmp_path) == ["a.zarr"]
+    written = [(tmp_path / "a.zarr" / name).read_text() for name in "012"]
+    assert len(set(written)) == 1
+    assert written[0] in "012"
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return all files of a folder by their path."""
     return {

@@ -197,24 +197,58 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             for inner, _, files in os.walk(new):
                 for name in files:
                     _sync(Path(inner, name))
-            if os.path.lexists(path):
-                old.parent.mkdir()
-                _replace(path, old)
-            _replace(new, path)
-        finally:
+            old.parent.mkdir()
+            _swap(new, path, old)
+        except BaseException:
             with suppress(OSError):
                 _discard(part, path.parent)
+            raise
+        # Not given back: another writer may just have taken the name from it.
+        shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise bad_output(path, error) from error
     _sync_folder(path.parent)
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Give a folder its name, and the one that has it now another.
+
+    Several processes may do so with the same name at once: the last one wins, and
+    there is always a complete folder under the name or on its way to it.
+    """
+    deadline = time.monotonic() + WRITE_SECONDS
+    while True:
+        try:
+            if os.path.lexists(path):
+                shutil.rmtree(old, ignore_errors=True)  # of the last attempt
+                _replace(path, old)
+            _replace(new, path)
+        except OSError as error:
+            # Another process was faster: with taking the name, or with giving it.
+            is_gone = isinstance(error, FileNotFoundError) and new.is_dir()
+            if not (is_gone or _is_taken(error)) or time.monotonic() > deadline:
+                raise
+        else:
+            return
+
+
+def _is_taken(error: OSError) -> bool:
+    """Tell whether a folder did not get a name because another folder has it."""
+    is_windows = os.name == "nt" and error.errno == errno.EACCES
+    return is_windows or error.errno in (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def _discard(part: Path, folder: Path) -> None:
     """Delete a temporary folder; what it should have replaced gets its name back."""
     if (part / "old").is_dir():
         for old in (part / "old").iterdir():
-            if not os.path.lexists(folder / old.name):
-                _replace(old, folder / old.name)
+            try:
+                if not os.path.lexists(folder / old.name):
+                    _replace(old, folder / old.name)
+            except OSError as error:
+                # Another process has just given the name to a newer one.
+                if not _is_taken(error):
+                    raise
     shutil.rmtree(part)
 
 
