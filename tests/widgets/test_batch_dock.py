@@ -376,10 +376,18 @@ def test_notes_are_told_once_and_kept_with_their_files(on, tmp_path):
         tifffile.imwrite(path, pages, metadata=None, photometric="minisblack")
     on.choose(images)
     on.run()
-    noted = [row for row in on.rows if row.note]
-    assert [row.name for row in noted] == ["a.tif", "b.tif"]
-    assert noted[0].text(3) == "done, note"
-    assert "does not name all its axes" in noted[0].tip
+
+    def check(desk):
+        noted = [row for row in desk.rows if row.text(3) == "done, note"]
+        assert [row.name for row in noted] == ["a.tif", "b.tif"]
+        for row in noted:
+            assert f"{row.name} does not name all its axes" in row.tip
+
+    check(on)
+    # Also after the viewer was closed.
+    later = BatchDesk(on.viewer, on.qtbot, Session())
+    later.wait_for_words("All 3 images are done")
+    check(later)
     told = [note for note in notification_manager.records if "axes" in note.message]
     assert len(told) == 1
 

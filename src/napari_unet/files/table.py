@@ -143,14 +143,14 @@ def join_csv_steps(
     total = 2 * len(files)
     headings: list[str] = []
     for done, file in enumerate(files):
-        yield Progress(done, total)
+        yield Progress(done, total, "joining the tables")
         _merge(headings, next(_rows(file), []))
     with _table(path) as writer:
         writer.writerow(headings)
         for done, file in enumerate(files, len(files)):
             rows = _under(headings, file)
             while some := list(itertools.islice(rows, ROWS)):
-                yield Progress(done, total)
+                yield Progress(done, total, "joining the tables")
                 writer.writerows(some)
     return path
 

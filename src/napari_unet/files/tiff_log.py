@@ -141,6 +141,7 @@ def _is_harmless(message: str) -> bool:
 
 def _plain(message: str) -> str:
     """Drop what only tifffile's authors need: object names and addresses."""
+    message = re.sub(r"^<[\w.]+> raised \w+\((['\"])(.*)\1\)$", r"\2", message)
     message = re.sub(
         r"<tifffile\.(TiffFile|TiffPages?|TiffFrame)[^>]*>\s*", "", message
     )
