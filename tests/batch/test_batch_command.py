@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import tifffile
 from batch_cases import label_count, make_images, results, unchanged
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
@@ -109,6 +110,40 @@ def test_a_job_is_repeated_and_overridden(command, place):
     assert refused.code == 2
     assert "is not the one that the job was made with" in refused.err
     assert command("in", "four", "--job", "out/job.yaml", *MODEL).code == 0
+
+
+def test_what_a_job_switches_on_can_be_switched_off(command, place):
+    for path in (place / "in").glob("a[12].tif"):
+        path.unlink()
+    make_images(place / "in" / "sub", 1)
+    on = ("-r", "--measure", "--probabilities", "--test-time-augmentation")
+    assert command("in", "out", *MODEL, *on, "--split-touching").code == 0
+    job = ("--job", "out/job.yaml")
+    off = [f"--no{option[1:]}" for option in ("--recursive", *on[1:])]
+    told = {}
+    for name, options in (("same", []), ("off", off)):
+        assert command("in", name, *job, *options).code == 0
+        text = (place / name / "job.yaml").read_text()
+        told[name] = text.replace(f"{place / name}\n", f"{place / 'out'}\n")
+    assert told["same"] == (place / "out" / "job.yaml").read_text()
+    names = [path.name for path in (place / "off").rglob("*.tif")]
+    assert names == ["a0.tif"]
+    assert not (place / "off" / "measurements.csv").exists()
+    for line in ("measure", "recursive", "probabilities", "test_time_augmentation"):
+        assert f"{line}: false" in told["off"]
+    assert "split_touching: true" in told["off"]
+
+
+def test_notes_are_told_with_the_file_that_they_are_of(command, place):
+    image = squares(1).astype(np.float32)
+    image[-1, -1] = np.nan
+    for name in ("b.tif", "c.tif"):
+        tifffile.imwrite(place / "in" / name, image)
+    result = command("in", "out", *MODEL)
+    assert result.err == "Note: b.tif: 1 pixels are NaN or infinite; they are " + (
+        "background.\n"
+    )
+    assert result.out.splitlines()[-1] == "5 images, 2 with notes: out/report.html"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import tifffile
 from batch_cases import make_job, run, run_well
 from cli_cases import squares, threshold_model, write_image
 from PIL import Image
@@ -137,6 +138,31 @@ def test_measurements_of_all_files_in_one_table(place):
     assert {row["area_px"] for row in rows} == {"64"}
     assert {row["area_um2"] for row in rows} == {"16.0"}
     assert {row["mean_intensity"] for row in rows} == {"1000.0"}
+
+
+def test_measurements_name_the_channels_as_the_file_does(place):
+    shutil.rmtree(place / "in")
+    (place / "in").mkdir()
+    planes = np.stack([squares(2), squares(1) // 2])
+    for name, options in (
+        ("a.ome.tif", {"Channel": {"Name": ["DAPI", "=GFP,\n2"]}}),
+        ("b.ome.tif", {}),
+    ):
+        tifffile.imwrite(
+            place / "in" / name,
+            planes,
+            ome=True,
+            photometric="minisblack",
+            metadata={"axes": "CYX", **options},
+        )
+    run_well(make_job(place, measure=True, settings={"channels": (0,)}))
+    with open(place / "out" / "measurements.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["a.ome.tif"] * 2 + ["b.ome.tif"] * 2
+    assert rows[0]["mean_intensity_DAPI"] == rows[2]["mean_intensity_0"] == "1000.0"
+    assert rows[0]["mean_intensity_=GFP, 2"] == rows[2]["mean_intensity_1"] == "500.0"
+    assert rows[0]["mean_intensity_0"] == rows[2]["mean_intensity_DAPI"] == ""
+    assert not any(name.startswith("=") for name in rows[0])
 
 
 def test_volumes_have_volumes(place):
