@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from napari_unet.errors import BadInput, BadModel
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
     from napari_unet.models.bioimageio_package import Package
@@ -165,20 +167,28 @@ def describe_package(package: Package) -> Description:
     if content.get("type") != "model":
         what = str(content.get("type", "nothing known"))[:40]
         raise BadModel(f"It describes {what}, not a model. Choose a model's package.")
-    with tempfile.TemporaryDirectory(prefix="napari-unet-") as empty:
-        context = spec.ValidationContext(
+    with blind_context(spec):
+        descr = spec.build_description(content)
+    if isinstance(descr, spec.InvalidDescr):
+        raise _invalid(descr.get_reason(), content)
+    if str(content.get("format_version", "")).startswith(("0.3", "0.4")):
+        return _of_0_4(descr)
+    return _of_0_5(descr)
+
+
+@contextmanager
+def blind_context(spec: ModuleType) -> Iterator[None]:
+    """Let the library look at a description alone, at no file and no address."""
+    with (
+        tempfile.TemporaryDirectory(prefix="napari-unet-") as empty,
+        spec.ValidationContext(
             perform_io_checks=False,
             disable_cache=True,
             log_warnings=False,
             root=Path(empty),
-        )
-        with context:
-            descr = spec.build_description(content)
-        if isinstance(descr, spec.InvalidDescr):
-            raise _invalid(descr.get_reason(), content)
-        if str(content.get("format_version", "")).startswith(("0.3", "0.4")):
-            return _of_0_4(descr)
-        return _of_0_5(descr)
+        ),
+    ):
+        yield
 
 
 def _invalid(reason: str, content: dict[str, Any]) -> BadInput | BadModel:

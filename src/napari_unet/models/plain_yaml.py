@@ -26,11 +26,18 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$", re.I),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that YAML 1.2 would read as numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$", re.I
+        ),
+        list("-+.0123456789"),
+    )
 
 
 def read_yaml(file: BinaryIO) -> dict[str, Any]:
@@ -76,6 +83,12 @@ def read_yaml(file: BinaryIO) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadModel(f"Its description is empty or damaged. {_DAMAGED}")
     return content
+
+
+def write_yaml(content: dict[str, Any]) -> bytes:
+    """Write plain values, so that YAML 1.1 and 1.2 read the same."""
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text.encode()
 
 
 def _count(node: Any, known: dict[int, int], depth: int) -> int:
