@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from napari_unet.errors import BadModel
 from napari_unet.files.atomic import atomic_path
 from napari_unet.models.model import Model, Passport
+from napari_unet.models.onnx_graph import read_graph
 from napari_unet.models.safety import read_checked
 from napari_unet.network.program import (
     Config,
@@ -112,7 +113,7 @@ def read_model(path: str | Path) -> Model:
     Parameters
     ----------
     path : path
-        Of the file.
+        Of the file, or a folder that ``save_pretrained`` has written.
 
     Returns
     -------
@@ -125,6 +126,11 @@ def read_model(path: str | Path) -> Model:
         If the file is missing, broken or incomplete, or its network is not known.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        # A folder, as segmentation_models_pytorch's save_pretrained writes it.
+        model = read_model(path / "model.safetensors")
+        passport = model.passport.model_copy(update={"name": path.name})
+        return Model(model.network, passport)
     checked = read_checked(path)
     if not _OUR_KEYS & checked.metadata.keys():
         from napari_unet.models.foreign import import_checked  # which needs this module
@@ -149,6 +155,8 @@ def _read_program(file: str, header: Header, checked: CheckedFile) -> Model:
     assert isinstance(header.config, ProgramConfig)
     _check_digest(file, header, checked)
     try:
+        if header.config.kind == "onnx" and "graph" in checked.tensors:
+            read_graph(checked.tensors["graph"].numpy().tobytes())
         network = build_program(header.config, checked.tensors)
     except BadModel as error:
         raise BadModel(f"{file} cannot be used. {error}") from error

@@ -15,6 +15,7 @@ from napari_unet.errors import BadModel, NeedsTrust
 SAFETENSORS = "safetensors"
 TORCH_ZIP = "torch zip"
 TORCH_LEGACY = "torch legacy"
+ONNX = "ONNX"
 
 # The first pickle of a file of torch < 1.6: a magic number; its protocol may vary.
 LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
@@ -62,6 +63,10 @@ def container(start: bytes, end: bytes) -> str:
         return TORCH_LEGACY
     if start[8:9] == b"{":
         return SAFETENSORS
+    # The version of the format, then a text or message that such a file begins with.
+    has_version = start[:1] == b"\x08" and b"\0" < start[1:2] < b"\x20"
+    if has_version and start[2:3] in b'\x12\x1a"2:B' and start[:3] != b"\x08\x01\x12":
+        return ONNX
     if len(start) > 8 and start[0] == 0x80 and 2 <= start[1] <= 5:
         raise NeedsTrust(_PICKLE)
     raise BadModel(_other(start, end))
@@ -98,8 +103,6 @@ def _other(start: bytes, end: bytes) -> str:
         return f"It is a TensorFlow file. {weights}"
     if start.startswith(b"\x08\x01\x12"):
         return f"It is a TensorFlow SavedModel. {weights}"
-    if start[0] == 8 and start[1] < 32 and start[2:3] in (b"\x12", b"\x1a", b":"):
-        return f"It is an ONNX network, whose layers cannot be fine-tuned. {weights}"
     return (
         "It is not a napari-unet checkpoint, nor one that torch or safetensors wrote. "
         "Choose a .safetensors, .pt, .pth or .ckpt file, or get the file again."

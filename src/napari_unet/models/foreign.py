@@ -9,6 +9,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from napari_unet.errors import BadModel
+from napari_unet.models import smp
+from napari_unet.models.containers import ONNX
 from napari_unet.models.foreign_names import FAMILIES, OTHERS, Family, Role
 from napari_unet.models.foreign_shapes import SHAPE_ONLY, arrangements
 from napari_unet.models.layout import (
@@ -20,6 +22,7 @@ from napari_unet.models.layout import (
 )
 from napari_unet.models.model import Model, default_passport
 from napari_unet.models.normalize import Normalization
+from napari_unet.models.onnx import import_onnx
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,7 +62,14 @@ def import_checked(path: Path, checked: CheckedFile) -> Model:
         If the file holds no U-Net that is known.
     """
     try:
-        model = recognise(checked.tensors)
+        if checked.container == ONNX:
+            data = checked.tensors["graph"].numpy().tobytes()
+            model = import_onnx(data, path.stem)
+        elif (prefix := smp.prefix_of(checked.tensors)) is not None:
+            beside = path.with_name("config.json")
+            model = smp.import_unet(checked.tensors, prefix, beside, checked.tree)
+        else:
+            model = recognise(checked.tensors)
     except BadModel as error:
         raise BadModel(f"{path.name} cannot be imported. {error}") from error
     passport = model.passport.model_copy(update={"name": path.stem})

@@ -28,14 +28,17 @@ from napari_unet.errors import BadModel, NeedsTrust
 from napari_unet.models.containers import (
     MAX_MEMBERS,
     MAX_PICKLE,
+    ONNX,
     SAFETENSORS,
     TORCH_ZIP,
     container,
     read_archive,
 )
+from napari_unet.models.onnx_graph import read_graph
 from napari_unet.models.pickled import Followed, Storage, follow_pickle
 
 MAX_FILE = 8 << 30  # bytes
+MAX_ONNX = (2 << 30) - 1  # bytes; there are no larger protobuf messages
 MAX_HEADER = 16 << 20  # bytes, of a safetensors file
 MAX_HEADER_PARTS = 400_000  # of the header's JSON; a network of 10**4 tensors has 10**5
 _ITEM_SIZES = {
@@ -69,7 +72,8 @@ class CheckedFile:
     tree : dict
         All that the file holds: dicts, lists and tuples of plain values and tensors.
     container : str
-        "safetensors", "torch zip" or "torch legacy".
+        "safetensors", "torch zip", "torch legacy" or "ONNX"; of the last the whole
+        content is the one tensor, "graph".
     metadata : dict
         The texts in the header of a safetensors file.
     """
@@ -135,6 +139,8 @@ def _read(path: Path, file: BinaryIO) -> CheckedFile:
     start = file.read(512)
     file.seek(max(0, size - 512))
     kind = container(start, file.read(512))
+    if kind == ONNX:
+        return _read_onnx(file, size)
     metadata: dict[str, str] = {}
     if kind == SAFETENSORS:
         metadata = _check_safetensors(file, size)
@@ -149,6 +155,16 @@ def _read(path: Path, file: BinaryIO) -> CheckedFile:
         raise BadModel("It holds no tensors. Choose a checkpoint of a network.")
     _check_finite(tensors)
     return CheckedFile(tensors, tree, kind, metadata)
+
+
+def _read_onnx(file: BinaryIO, size: int) -> CheckedFile:
+    if size > MAX_ONNX:
+        raise BadModel(f"It has {size >> 30} GB, more than an ONNX file can have.")
+    file.seek(0)
+    content = bytearray(file.read())
+    read_graph(content)
+    graph = torch.frombuffer(content, dtype=torch.uint8)
+    return CheckedFile({"graph": graph}, {"graph": graph}, ONNX)
 
 
 # --- what torch.save writes --------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -14,6 +15,7 @@ from napari_unet.network.program import Program, ProgramConfig
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
 # Those that run a graph, the preferred one first.
@@ -22,7 +24,8 @@ _PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 _FATAL = 4  # of onnxruntime's severities: nothing of less is printed
-_MEMORY = 0.75  # of the computer's, which all graphs together may take
+_MEMORY = 0.75  # of the computer's, which a graph may take
+_opening = threading.Lock()
 _NO_MEMORY = ("Failed to allocate memory", "smaller than requested bytes", "bad_alloc")
 _STOPPED = "terminate flag"
 
@@ -38,6 +41,8 @@ class OnnxProgram(Program):
         The content of the file.
     device : str
         "cpu", or "cuda" where onnxruntime has it.
+    memory : int, optional
+        Bytes of main memory that it may take; by default most of the computer's.
 
     Raises
     ------
@@ -47,12 +52,18 @@ class OnnxProgram(Program):
 
     graph: Tensor
 
-    def __init__(self, config: ProgramConfig, graph: Tensor, device: str = "cpu"):
+    def __init__(
+        self,
+        config: ProgramConfig,
+        graph: Tensor,
+        device: str = "cpu",
+        memory: int | None = None,
+    ):
         super().__init__(config)
         if graph.dtype != torch.uint8 or graph.ndim != 1:
             raise BadModel("Its ONNX graph is damaged. Get the file again.")
         self.register_buffer("graph", graph)
-        self._session = open_session(graph.numpy().tobytes(), device)
+        self._session = open_session(graph.numpy().tobytes(), device, memory)
         self._input = self._session.get_inputs()[0].name
         self._run_options = import_onnxruntime().RunOptions()
         self._run_options.log_severity_level = _FATAL
@@ -105,14 +116,7 @@ class OnnxProgram(Program):
             If memory ran out.
         """
         config = self.config
-        pixels = {self._input: image.float().cpu().contiguous().numpy()}
-        try:
-            (result,) = self._session.run(
-                [config.option("output")], pixels, self._run_options
-            )
-        except Exception as error:  # of many classes, that share no other base
-            raise _translated(error) from error
-        found = torch.from_numpy(result)
+        found = torch.from_numpy(self.compute(image.float().cpu().numpy()))
         sides = [side - 2 * config.shrink for side in image.shape[2:]]
         wanted = (image.shape[0], config.num_classes, *sides)
         if found.dtype != torch.float32 or found.shape != wanted:
@@ -123,6 +127,16 @@ class OnnxProgram(Program):
                 "a fixed input size."
             )
         return found.to(image.device)
+
+    def compute(self, image: NDArray[np.float32]) -> NDArray[Any]:
+        """Run the graph on numpy arrays; what it gives is not looked at."""
+        pixels = {self._input: np.ascontiguousarray(image)}
+        names = [self.config.option("output")]
+        try:
+            (result,) = self._session.run(names, pixels, self._run_options)
+        except Exception as error:  # of many classes, that share no other base
+            raise _translated(error) from error
+        return np.asarray(result)
 
 
 def import_onnxruntime() -> ModuleType:
@@ -148,20 +162,16 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
-@cache
-def _limit_memory() -> None:
-    """Give the graphs of this process one store of memory, which has an end."""
-    onnxruntime = import_onnxruntime()
-    onnxruntime.disable_telemetry_events()
+def _limit_memory(onnxruntime: ModuleType, memory: int) -> None:
+    """Give the next session a store of memory that has an end."""
     kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     info = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
-    most = int(_MEMORY * psutil.virtual_memory().total)
     as_requested = 1  # its growth: no more than is asked for
-    limits = {"max_mem": most, "arena_extend_strategy": as_requested}
+    limits = {"max_mem": memory, "arena_extend_strategy": as_requested}
     onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(limits))
 
 
-def open_session(graph: bytes, device: str = "cpu") -> Any:
+def open_session(graph: bytes, device: str = "cpu", memory: int | None = None) -> Any:
     """Open a graph without computing anything.
 
     Parameters
@@ -170,6 +180,8 @@ def open_session(graph: bytes, device: str = "cpu") -> Any:
         The content of an ONNX file.
     device : str
         "cpu" or "cuda".
+    memory : int, optional
+        Bytes of main memory that it may take; by default most of the computer's.
 
     Returns
     -------
@@ -181,20 +193,24 @@ def open_session(graph: bytes, device: str = "cpu") -> Any:
         If onnxruntime is missing or refuses the graph.
     """
     onnxruntime = import_onnxruntime()
-    _limit_memory()
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if memory is None:
+        memory = int(_MEMORY * psutil.virtual_memory().total)
     try:
-        return onnxruntime.InferenceSession(
-            graph,
-            options,
-            providers=_PROVIDERS[device],
-            # A hostile graph has constants that are computed, and huge.
-            disabled_optimizers=["ConstantFolding"],
-        )
+        with _opening:
+            _limit_memory(onnxruntime, memory)
+            return onnxruntime.InferenceSession(
+                graph,
+                options,
+                providers=_PROVIDERS[device],
+                # A hostile graph has constants that are computed, and huge.
+                disabled_optimizers=["ConstantFolding"],
+            )
     except Exception as error:
         raise BadModel(
             f"onnxruntime refuses the ONNX network ({_reason(error)}). Get the file "

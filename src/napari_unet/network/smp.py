@@ -1,8 +1,9 @@
-"""Networks of segmentation_models_pytorch, run by that library."""
+"""U-Nets of segmentation_models_pytorch, run by that library."""
 
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_INSTALL = 'pip install "napari-unet[smp]"'
+# What a name cannot have that would be looked up somewhere else, or downloaded.
+_ENCODER = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+SETTINGS = (
+    "encoder_name",
+    "encoder_depth",
+    "decoder_use_norm",
+    "decoder_channels",
+    "decoder_attention_type",
+    "decoder_interpolation",
+    "activation",
+)
 
 
 class SmpProgram(Program):
@@ -24,26 +35,38 @@ class SmpProgram(Program):
     Parameters
     ----------
     config : ProgramConfig
-        Its settings are the keyword arguments of that class.
+        Its settings are keyword arguments of that class, those of `SETTINGS`.
 
     Raises
     ------
     BadModel
-        If the library is missing or does not know these settings.
+        If the library is missing or cannot make such a network.
     """
 
     def __init__(self, config: ProgramConfig):
         super().__init__(config)
-        self.network = build_unet(config)
+        self.network = _build(config)
 
     @classmethod
     def of_tensors(
         cls, config: ProgramConfig, tensors: dict[str, Tensor]
     ) -> SmpProgram:
         """Make it of its ``state_dict``."""
-        with torch.device("meta"):  # a forged config cannot claim gigabytes
-            program = cls(config)
-        program.load_state_dict(tensors, assign=True)
+        program = cls(config)
+        wanted = program.state_dict()
+        for name, tensor in tensors.items():
+            if name in wanted and tensor.dtype != wanted[name].dtype:
+                raise BadModel(
+                    f"Its weights {name[:80]} are {tensor.dtype} instead of "
+                    f"{wanted[name].dtype}. Get the file again."
+                )
+        try:
+            program.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise BadModel(
+                f"Its weights do not fit its network: {_short(error)}. The file is "
+                "damaged or mislabelled."
+            ) from error
         return program
 
     def on(self, device: torch.device) -> SmpProgram:
@@ -66,11 +89,54 @@ def import_smp() -> ModuleType:
     """
     try:
         import segmentation_models_pytorch
-    except Exception as error:  # a broken installation raises anything
-        raise BadModel("…") from error
+    except Exception as error:  # of torchvision, too, which does not fit any torch
+        if isinstance(error, ModuleNotFoundError):
+            problem = f"{error.name} is not installed. Install it"
+        else:
+            problem = f"its import fails here ({_short(error)}). Install it again"
+        raise BadModel(
+            "It is a network of segmentation_models_pytorch, which runs it, but "
+            f'{problem}: pip install "napari-unet[smp]".'
+        ) from error
     return segmentation_models_pytorch  # type: ignore[no-any-return]
 
 
-def build_unet(config: ProgramConfig) -> Any:
-    """Build the network, untrained and without downloading anything."""
-    return import_smp().Unet(encoder_weights=None, **dict(config.settings))
+def _build(config: ProgramConfig) -> Any:
+    """Build the network, with weights to be replaced, and without downloading any."""
+    settings = dict(config.settings)
+    encoder = settings.get("encoder_name")
+    channels = settings.get("decoder_channels", ())
+    is_named = isinstance(encoder, str) and _ENCODER.fullmatch(encoder)
+    known = settings.keys() <= {*SETTINGS} and _are_widths(channels)
+    if not is_named or not known:
+        raise BadModel(
+            "Its configuration is not one of a Unet of segmentation_models_pytorch: "
+            f"{str(settings)[:200]}. Get the file again."
+        )
+    unet = import_smp().Unet
+    try:
+        with torch.random.fork_rng(devices=[]):  # it draws what is replaced
+            return unet(
+                **settings,
+                encoder_weights=None,
+                in_channels=config.in_channels,
+                classes=config.num_classes,
+            )
+    except Exception as error:  # whatever its parts raise
+        raise BadModel(
+            "segmentation_models_pytorch cannot make its network with the encoder "
+            f"{encoder!r}: {_short(error)}. Install the version that wrote the file."
+        ) from error
+
+
+def _are_widths(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) <= 8
+        and all(type(width) is int and 1 <= width <= 4096 for width in value)
+    )
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).split()
+    return " ".join(lines)[:200].rstrip(".") or type(error).__name__
