@@ -67,6 +67,7 @@ def test_every_file_keeps_its_notes(place):
         rows = {row["file"]: row["notes"] for row in csv.DictReader(file)}
     html = report.report.read_text(encoding="utf-8")
     assert "<b>4</b>with notes" in html
+    assert "<details open>" in html
     for entry in report.entries:
         assert rows[entry.name] == " ".join(entry.notes)
         assert all(note in html for note in entry.notes)

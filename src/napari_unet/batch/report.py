@@ -121,8 +121,9 @@ def _head(job: BatchJob, rows: Sequence[Row], files: int) -> str:
     tables = [MEASUREMENTS] * job.measure + [SUMMARY]
     links = " · ".join(f'<a href="{name}">{name}</a>' for name in tables)
     return (
-        f"<h1>{_text(job.input.name or job.input)}</h1>"
-        f'<p class="soft">{_text(job.input)} → {_text(job.output)}<br>'
+        f"<h1>{_text(job.input.absolute().name)}</h1>"
+        f'<p class="soft">{_text(job.input.absolute())} → '
+        f"{_text(job.output.absolute())}<br>"
         f"{time.strftime('%Y-%m-%d %H:%M')} · {links}</p>"
         f'<div class="counts">{shown}</div>'
     )
@@ -194,8 +195,10 @@ def _all_files(rows: Sequence[Row], ndim: int) -> str:
         )
     if not lines:
         return ""
+    # Notes are to be seen.
+    is_open = " open" * any(row.entry.notes for row in rows)
     return (
-        "<h2>All images</h2><details><summary>Show the table</summary><table>"
+        f"<h2>All images</h2><details{is_open}><summary>Show the table</summary><table>"
         '<tr><th>Image</th><th class="n">Objects</th><th class="n">Covered</th>'
         '<th class="n">Mean size</th><th class="n">Seconds</th><th>Unusual</th>'
         "<th>Notes</th></tr>" + "\n".join(lines) + "</table></details>"

@@ -290,7 +290,7 @@ class BatchWidget(Dock):
 
     @while_alive
     def _on_error(self, message: str) -> None:
-        self._outcome = message
+        self._outcome, self._is_stopped = message, False  # it says how to go on
 
     def _on_finished(self) -> None:
         self._worker = None  # also if the dock has been closed
