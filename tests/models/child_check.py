@@ -15,6 +15,7 @@ import torch
 
 from napari_unet.errors import BadModel
 from napari_unet.models.safety import read_checked
+from napari_unet.models.stand_ins import take_weights
 
 FORBIDDEN = (
     "pickle.find_class",
@@ -30,6 +31,10 @@ FORBIDDEN = (
 )
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 HARMLESS = ("os.listdir", "os.scandir", "os.fwalk", "os.walk")
+READ = {
+    "read_checked": lambda path: read_checked(path).tensors,
+    "take_weights": lambda path: take_weights(Path(path)),
+}[sys.argv[1]]
 done: list[str] = []
 watching = False
 
@@ -85,14 +90,14 @@ def check(path) -> dict:
     start = time.perf_counter()
     watching = True
     try:
-        checked = read_checked(path)
+        tensors = READ(path)
     except BadModel as error:
         answer["refused"] = str(error)
     except BaseException as error:
         answer["crashed"] = repr(error)
     else:
-        answer["read"] = fingerprint(checked.tensors)
-        answer["sound"] = is_sound(checked.tensors)
+        answer["read"] = fingerprint(tensors)
+        answer["sound"] = is_sound(tensors)
     watching = False
     answer["seconds"] = time.perf_counter() - start
     answer["done"] = list(done)

@@ -165,7 +165,8 @@ def gadgets_by_instruction():
         "INST": (b"(" + call + b"ios\nsystem\n", "INST"),
         "OBJ": (b"(" + system + call + b"o", r"os\.system"),
         "hooks": (tensor(tail=b"\x89" + system + b"(" + call + b"tR"), r"os\.system"),
-        "NEWOBJ": (HOOKS[:-2] + b")\x81", "NEWOBJ"),
+        "NEWOBJ": (HOOKS[:-2] + b")\x81", DAMAGED),
+        "NEWOBJ gadget": (system + b"(" + call + b"t\x81", r"os\.system"),
         "STACK_GLOBAL": (text("os") + text("system") + b"\x93)R", "STACK_GLOBAL"),
         "STACK_GLOBAL from memo": (
             text("os") + b"q\0" + text("system") + b"q\x01h\0h\x01\x93)R",
@@ -247,7 +248,7 @@ def bombs():
         "numpy": b"cnumpy.core.multiarray\nscalar\n)R",
     }
     for name, content in named.items():
-        expected = "numpy values" if name in ("numpy", "codec") else "asks for"
+        expected = DAMAGED if name in ("numpy", "codec") else "asks for"
         yield f"bomb {name}", torch_zip(state_dict(content)), expected
     sized = {
         "LONG4": (b"\x8b\xff\xff\xff\x7f", "LONG4"),

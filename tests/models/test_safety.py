@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from hostile_containers import hostile_containers
+from hostile_numbers import hostile_numbers
 from hostile_pickles import hostile_pickles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -193,13 +195,12 @@ def test_what_is_no_file(tmp_path):
 # --- hostile and broken files: one child reads them all ------------------------
 
 
-@pytest.fixture(scope="module")
-def child(tmp_path_factory):
-    """Return a function: what one and the same child process tells of each file."""
+@contextmanager
+def child_of(reader: str, folder: Path):
+    """Give a function: what one and the same child process tells of a file."""
     script = Path(__file__).parent / "child_check.py"
-    folder = tmp_path_factory.mktemp("child")
     process = subprocess.Popen(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), reader],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -213,11 +214,19 @@ def child(tmp_path_factory):
         assert answer["path"] == str(path)
         return answer
 
+    before = sorted(folder.iterdir())
     with process:
-        yield lambda paths: [tell(path) for path in paths]
+        yield tell
         process.stdin.close()
     assert process.returncode == 0
-    assert not list(folder.iterdir())  # such as the file that gadgets make
+    assert sorted(folder.iterdir()) == before  # no file that a gadget would make
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    """Return a function: what one child tells of each of some files."""
+    with child_of("read_checked", tmp_path_factory.mktemp("child")) as tell:
+        yield lambda paths: [tell(path) for path in paths]
 
 
 def good_files(folder: Path, weights) -> list[Path]:
@@ -226,7 +235,7 @@ def good_files(folder: Path, weights) -> list[Path]:
 
 def test_hostile_files(child, weights, tmp_path):
     good = good_files(tmp_path, weights)
-    corpus = [*hostile_pickles(), *hostile_containers()]
+    corpus = [*hostile_pickles(), *hostile_numbers(), *hostile_containers()]
     names = [name for name, _, _ in corpus]
     assert len(names) == len(set(names)) > 200
     paths = []

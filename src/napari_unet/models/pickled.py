@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from napari_unet.errors import BadModel, NeedsTrust
+from napari_unet.models import beside
+from napari_unet.models.beside import Array, Beside, Dtype, Fields, Name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +53,7 @@ _TENSORS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}
 _PARAMETER = "torch._utils._rebuild_parameter"
 _FACTS = {"torch.Size", "torch.device"}
 _KNOWN = {*_STORAGES, *_DTYPES, *_MAPPINGS, *_TENSORS, *_FACTS, _PARAMETER}
+_KNOWN |= beside.NAMES
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
@@ -62,7 +65,7 @@ _INSTRUCTIONS = {
     *"PROTO MARK TUPLE EMPTY_DICT EMPTY_LIST SHORT_BINSTRING".split(),
     *"APPEND APPENDS SETITEM SETITEMS BUILD".split(),
     *"BINPUT LONG_BINPUT BINGET LONG_BINGET".split(),
-    *"GLOBAL REDUCE BINPERSID".split(),
+    *"GLOBAL REDUCE NEWOBJ BINPERSID".split(),
 }
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
@@ -89,13 +92,6 @@ class TensorView:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """The name of a function or type that is never looked up."""
-
-    path: str
-
-
 @dataclass(frozen=True)
 class Followed:
     """What a pickle makes."""
@@ -103,6 +99,7 @@ class Followed:
     tree: Any
     storages: dict[str, Storage]
     end: int
+    beside: set[str]
 
 
 def follow_pickle(
@@ -122,8 +119,8 @@ def follow_pickle(
     Returns
     -------
     Followed
-        Plain values with a `TensorView` for each tensor, all storages by key, and
-        where the pickle ends.
+        Plain values with a `TensorView` for each tensor, all storages by key, where
+        the pickle ends, and the names of what only `Beside` can make.
 
     Raises
     ------
@@ -150,7 +147,7 @@ def follow_pickle(
         problem = f"Its description is incomplete or damaged. {_DAMAGED}"
         raise BadModel(problem) from error
     _check_values(tree)
-    return Followed(tree, machine.storages, stream.tell())
+    return Followed(tree, machine.storages, stream.tell(), machine.beside)
 
 
 def _instructions(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
@@ -180,6 +177,8 @@ class _Machine:
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
+        self.beside: set[str] = set()
+        self._beside = Beside()
         self._shown: dict[str, int] = {}
         self._copied = 0
         self._stack: list[Any] = []
@@ -205,10 +204,16 @@ class _Machine:
             self._below.append(self._stack)
             self._stack = []
         elif name == "GLOBAL":
-            push(_known(*argument))
+            push(known := _known(*argument))
+            if known.path in beside.NAMES:
+                self.beside.add(known.path)
         elif name == "REDUCE":
             arguments = self.pop()
             push(self._call(self.pop(), arguments))
+        elif name == "NEWOBJ":
+            arguments, kind = self.pop(), self.pop()
+            _expect(type(kind) is Name and kind.path in beside.NEW)
+            push(self._call(kind, arguments))
         elif name == "BINPERSID":
             push(self._storage(self.pop()))
         else:
@@ -230,6 +235,9 @@ class _Machine:
         elif name in ("SETITEM", "SETITEMS"):
             items = self._take(2) if name == "SETITEM" else self._take_marked()
             _set_items(self._stack[-1], items)
+        elif name == "BUILD" and type(self._stack[-2]) in (Fields, Dtype, Array):
+            state = self.pop()
+            self._beside.build(self._stack[-1], state)
         elif name == "BUILD":
             # The attributes of a state dict: its modules' versions, of no use here.
             state = self.pop()
@@ -257,8 +265,10 @@ class _Machine:
 
     def _call(self, function: Any, arguments: Any) -> Any:
         """Return what a known function would make of its arguments."""
-        _expect(type(function) is _Name and type(arguments) is tuple)
+        _expect(type(function) is Name and type(arguments) is tuple)
         path = function.path
+        if path in beside.NAMES:
+            return self._beside.make(path, arguments)
         if path in _TENSORS:
             return self._tensor(path, *arguments)
         if path == _PARAMETER:
@@ -297,7 +307,7 @@ class _Machine:
                 "It is a whole network with its program code, not weights alone."
             )
         kind, name, key, location, count, *view = reference
-        _expect(kind == "storage" and type(name) is _Name and name.path in _STORAGES)
+        _expect(kind == "storage" and type(name) is Name and name.path in _STORAGES)
         _expect(_is_word(key) and _is_word(location) and _is_count(count))
         if view not in ([], [None]):
             raise BadModel(
@@ -339,16 +349,16 @@ class _Machine:
         return TensorView(storage, shape)
 
 
-def _known(module: str, name: str) -> _Name:
+def _known(module: str, name: str) -> Name:
     """Return the name of a function or type, if it is one that weights need."""
     path = f"{module}.{name}"
     if path in _KNOWN:
-        return _Name(path)
+        return Name(path)
     shown = path if path.isprintable() else ascii(path)
-    if path.startswith(("numpy.", "_codecs.")):
-        raise BadModel(
-            f"It keeps numpy values ({shown[:80]}) beside its weights, which cannot be "
-            f"read safely. {_SAVE_AGAIN}"
+    if path.startswith("numpy."):
+        raise NeedsTrust(
+            f"It keeps values of numpy ({shown[:80]}) beside its weights that are no "
+            "plain numbers."
         )
     raise NeedsTrust(
         f"It asks for {shown[:80]} to be called or made when it is opened. Weights "
@@ -397,15 +407,20 @@ def _check_values(tree: Any) -> None:
                 f"({MAX_VALUES} values, {MAX_DEPTH} levels at most). {_SAVE_AGAIN}"
             )
         kind = type(value)
-        if kind is dict:
+        if kind in (dict, Fields):
             names = [key for key in value if type(key) is str]
             _check_names(names)
             waiting.extend((item, depth + 1) for item in value.values())
         elif kind in (list, tuple):
             waiting.extend((item, depth + 1) for item in value)
-        elif kind is _Name:
+        elif kind is Name:
             if value.path not in _DTYPES:
                 raise BadModel(f"It is damaged: {value.path} is no value. {_DAMAGED}")
+        elif kind is Array:
+            if value.values is None:
+                raise BadModel(f"It is damaged: an array is empty. {_DAMAGED}")
+        elif kind is Dtype:
+            raise BadModel(f"It is damaged: a type of numpy is no value. {_DAMAGED}")
         elif kind is Storage:
             raise BadModel(f"It holds bare storages instead of tensors. {_SAVE_AGAIN}")
 

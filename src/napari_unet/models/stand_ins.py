@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -51,12 +52,13 @@ def take_weights(path: Path) -> dict[str, Tensor]:
         If it holds no tensors.
     """
     content = path.read_bytes()
-    if content.startswith(b"PK"):
-        tree = _load(_without_code(content))
-    elif content[2:15] == LEGACY_MAGIC:
-        tree = _load(io.BytesIO(content))
-    else:
-        tree = _Unpickler(io.BytesIO(content)).load()
+    with warnings.catch_warnings(action="ignore"):  # of old storages and lost sources
+        if content.startswith(b"PK"):
+            tree = _load(_without_code(content))
+        elif content[2:15] == LEGACY_MAGIC:
+            tree = _load(io.BytesIO(content))
+        else:
+            tree = _Unpickler(io.BytesIO(content)).load()
     found: dict[str, Tensor] = {}
     for name, tensor in _tensors(tree, (), ()):
         if tensor.layout is torch.strided and not tensor.is_quantized:

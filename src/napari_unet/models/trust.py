@@ -80,8 +80,26 @@ def explain(path: str | Path) -> str:
     try:
         read_checked(path)
     except NeedsTrust as error:
-        return f"{Path(path).name}: {error.__cause__}\n\n{_RISK}"
+        return explain_refusal(Path(path).name, error)
     return ""
+
+
+def explain_refusal(name: str, error: NeedsTrust) -> str:
+    """Say the same of what was refused already, for example out of a package.
+
+    Parameters
+    ----------
+    name : str
+        Of the file, folder or address.
+    error : NeedsTrust
+        The refusal.
+
+    Returns
+    -------
+    str
+        Paragraphs of plain text.
+    """
+    return f"{name}: {error.__cause__ or error}\n\n{_RISK}"
 
 
 def convert_steps(
