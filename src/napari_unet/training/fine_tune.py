@@ -128,6 +128,8 @@ def _start_steps(
 ) -> Generator[TrainingStep, View | None, Training]:
     """Prepare everything; score the model, or go on where a snapshot ends."""
     check_annotations(annotations)
+    if model.untrainable_reason:
+        raise BadModel(model.untrainable_reason)
     chosen = choose_device(settings.device)
     device = torch.device(chosen.name)
     saved = read_snapshot(path) if resume and path and path.exists() else None

@@ -188,6 +188,8 @@ class FineTuneWidget(Dock):
             return "The model is being loaded."
         if self._session.model is None and not self._chooser.new_ndim:
             return "No model is loaded. Choose one."
+        if self._base is not None and self._base.untrainable_reason:
+            return self._base.untrainable_reason
         if not self._annotations.pairs.all():
             return (
                 "Nothing is annotated: start from the segmentation, or choose a layer "
