@@ -14,39 +14,49 @@ from pathlib import Path
 
 import torch
 
+from napari_unet.batch import file as batch_file
+from napari_unet.batch import volume
 from napari_unet.batch.folder import batch_steps
 from napari_unet.batch.job import BatchJob
 from napari_unet.batch.plan import plan_batch
 
 
 def run(job, log, deadly_call):
-    """Run the batch in this process, which may not survive it."""
+    """Run the batch in this process, which may not survive it; return the calls."""
     torch.set_num_threads(1)
-    if deadly_call is not None:
-        die_at(deadly_call)
+    calls = count_calls(deadly_call)
     started = set()
     for step in batch_steps(job, resume=True):
         if step.status == "running" and step.name not in started:
             started.add(step.name)
             with open(log, "a") as file:
                 file.write(f"{step.name}\n")
+    return calls[0]
 
 
-def die_at(number):
+def count_calls(deadly_call):
     """Die before the system call of that number that makes something durable."""
     calls = [0]
 
     def deadly(function):
         def counted(*arguments, **options):
             calls[0] += 1
-            if calls[0] == number:
+            if calls[0] == deadly_call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
 
         return counted
 
-    for name in ("fsync", "replace", "open", "mkdir"):
+    for name in ("fsync", "replace", "open", "mkdir", "rmdir", "unlink"):
         setattr(os, name, deadly(getattr(os, name)))
+    return calls
+
+
+def take_for_large():
+    """Take every image for a large one: through files, and block by block."""
+    batch_file.LAZY_BYTES = batch_file.LAZY_VALUES = 1000
+    volume.BLOCK_PIXELS = 1000
+    volume.BLOCK_SHAPES[2] = (40, 32)
 
 
 def fork(function, *arguments):
@@ -64,30 +74,55 @@ def fork(function, *arguments):
 
 
 def snapshot(job):
-    """Which results exist, by what changes when they are made again."""
+    """Which results exist, by what changes when they are made again.
+
+    Whenever a process died, each of them is complete.
+    """
     found = {}
     for item in plan_batch(job):
         for path in item.outputs:
             if path.exists():
+                below = path.relative_to(job.output)
+                if contents(path) != contents(job.output.parent / "reference" / below):
+                    sys.exit(f"{below} is torn")
                 status = path.stat()
                 found[str(path)] = (item.name, status.st_ino, status.st_mtime_ns)
     return found
 
 
-def main(place, kills, by_call):
+def contents(path):
+    """All bytes of a file, or of the files in a folder."""
+    if path.is_file():
+        return path.read_bytes()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [(file.relative_to(path), file.read_bytes()) for file in files]
+
+
+def measure(job, calls_file):
+    """Find out how long an undisturbed run takes, and how many calls it makes."""
+
+    def count():
+        calls_file.write_text(str(run(undisturbed, os.devnull, None)))
+
+    undisturbed = job.model_copy(update={"output": job.output.parent / "timed"})
+    started = time.perf_counter()
+    os.waitpid(fork(count), 0)
+    return time.perf_counter() - started, int(calls_file.read_text())
+
+
+def main(place, kills, by_call, is_large):
     place = Path(place)
+    if is_large:
+        take_for_large()
     job = BatchJob.load(place / "job.yaml")
     log = place / "started.txt"
     dice = random.Random(0)
-    started = time.perf_counter()
-    undisturbed = job.model_copy(update={"output": place / "timed"})
-    os.waitpid(fork(run, undisturbed, os.devnull, None), 0)
-    seconds = time.perf_counter() - started
-    killed, finished, redone, before = 0, 0, 0, {}
+    seconds, calls = measure(job, place / "calls.txt")
+    killed, finished, redone, in_scratch, before = 0, 0, 0, 0, {}
     while True:
         deadly_call = None
         if by_call and killed < kills:
-            deadly_call = dice.randrange(1, 60)
+            deadly_call = dice.randrange(1, calls)
         pid = fork(run, job, log, deadly_call)
         if not by_call and killed < kills:
             time.sleep(dice.uniform(0, seconds))
@@ -99,6 +134,7 @@ def main(place, kills, by_call):
         before = after
         if os.WIFSIGNALED(status):
             killed += 1
+            in_scratch += any(job.output.rglob(".scratch.*"))
             continue
         if os.WEXITSTATUS(status):
             sys.exit("the batch failed")
@@ -107,10 +143,9 @@ def main(place, kills, by_call):
         before = {}
         if killed >= kills:
             break
-    sys.stdout.write(
-        json.dumps({"killed": killed, "finished": finished, "redone": redone})
-    )
+    told = {"killed": killed, "finished": finished, "redone": redone}
+    sys.stdout.write(json.dumps({**told, "in scratch": in_scratch}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "call")
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "call", sys.argv[4] == "large")
