@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from napari_unet.cli.words import one_line
+from napari_unet.errors import BadInput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from napari_unet.models.family import Branch
 
 models = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+class _Formats(StrEnum):
+    """In what a model is passed on."""
+
+    SAFETENSORS = "safetensors"
+    BIOIMAGEIO = "bioimageio"
+
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model.")]
 _NameOrFile = Annotated[
     str,
     typer.Argument(metavar="NAME", help="Name of a model, or the path of its file."),
 ]
-_File = Annotated[
-    Path, typer.Argument(metavar="FILE", help="A checkpoint; it is not changed.")
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint, or a bioimage.io package: a .zip archive, a folder, or its "
+        "address on the web. It is not changed.",
+    ),
 ]
 _ImportedName = Annotated[
     str | None,
@@ -42,11 +59,39 @@ _Trust = Annotated[
 _Target = Annotated[
     Path,
     typer.Argument(
-        metavar="FILE", help="Gets the suffix .safetensors; or an existing folder."
+        metavar="FILE",
+        help="Gets the suffix .safetensors; or an existing folder. One that ends in "
+        ".zip becomes a bioimage.io package.",
     ),
 ]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a file that is there.")
+]
+_Format = Annotated[
+    _Formats | None,
+    typer.Option("--format", help="By default as the name of FILE ends."),
+]
+_Author = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--author", metavar="NAME", help="Of a bioimage.io package; may be repeated."
+    ),
+]
+_License = Annotated[
+    str,
+    typer.Option(
+        "--license",
+        metavar="ID",
+        help="Of a bioimage.io package, as SPDX names it, e.g. CC-BY-4.0.",
+    ),
+]
+_Image = Annotated[
+    Path | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="Image for the test and the cover of a bioimage.io package.",
+    ),
 ]
 _NewName = Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")]
 
@@ -120,17 +165,17 @@ def describe(name: _NameOrFile) -> None:
 
 
 @models.command("import")
-def import_(file: _File, name: _ImportedName = None, trust: _Trust = False) -> None:
-    """Copy a checkpoint into the library.
+def import_(source: _Source, name: _ImportedName = None, trust: _Trust = False) -> None:
+    """Copy a checkpoint or a bioimage.io package into the library.
 
-    Example: napari-unet models import downloads/cells.safetensors --name cells
+    Example: napari-unet models import downloads/cells.pth --name cells
     """
     from napari_unet.cli.progress import Console
     from napari_unet.models.description import summary
     from napari_unet.models.family import read_entry
     from napari_unet.models.library import find_model, import_steps
 
-    steps = import_steps(file, name, trust=trust)
+    steps = import_steps(source, name, trust=trust)
     got = Console(quiet=False).follow(steps, "Import", unit="files")
     entry = read_entry(got, find_model(got))
     about = "" if entry.header is None else f": {summary(entry.header)}"
@@ -138,15 +183,54 @@ def import_(file: _File, name: _ImportedName = None, trust: _Trust = False) -> N
 
 
 @models.command("export")
-def export(name: _Name, file: _Target, overwrite: _Overwrite = False) -> None:
+def export(
+    name: _Name,
+    file: _Target,
+    overwrite: _Overwrite = False,
+    form: _Format = None,
+    author: _Author = None,
+    license: _License = "",
+    image: _Image = None,
+) -> None:
     """Copy a model out of the library, to pass it on.
 
-    Example: napari-unet models export cells cells-2026.safetensors
+    Example: napari-unet models export cells cells.zip --author "Ada Lovelace"
     """
-    from napari_unet.models.library import export_model
+    from napari_unet.models.library import PACKAGE_SUFFIX, export_model
 
-    written = export_model(name, file, overwrite=overwrite)
+    is_package = file.suffix == PACKAGE_SUFFIX
+    if form is not None and is_package != (form == _Formats.BIOIMAGEIO):
+        is_package = form == _Formats.BIOIMAGEIO
+        suffix = PACKAGE_SUFFIX if is_package else ".safetensors"
+        file = file / f"{name}{suffix}" if file.is_dir() else Path(f"{file}{suffix}")
+    if not is_package and (author or license or image):
+        raise BadInput(
+            "Authors, a license and an image are for bioimage.io packages: add "
+            "--format bioimageio, or leave them out."
+        )
+    written = export_model(
+        name,
+        file,
+        overwrite=overwrite,
+        authors=author or (),
+        license=license,
+        image=None if image is None else _read_test_image(image, name),
+    )
     typer.echo(one_line(f"Exported to {written}"))
+
+
+def _read_test_image(path: Path, name: str) -> NDArray:
+    """Read one plane or volume of an image, with the channels of a model."""
+    from napari_unet.files.images import read_image
+    from napari_unet.inference.source import open_source
+    from napari_unet.models.library import load_model
+
+    image = read_image(path)
+    source, _ = open_source(image.data, load_model(name), image.axes)
+    units = list(source.units(source.full_region(None)))
+    start = [0] * len(source.spatial)
+    pixels: NDArray = source.read(units[len(units) // 2], start, source.spatial_shape)
+    return pixels
 
 
 @models.command("rename")

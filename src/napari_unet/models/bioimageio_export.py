@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from napari_unet.models.model import Model
 
-SUFFIX = ".zip"
 _DESCRIPTION = "rdf.yaml"  # also older programs look for this one
 _UNET_DOI = "10.1007/978-3-319-24574-4_28"
 _DOI = re.compile(r"\b10\.\d{4,9}/[^\s;,<>\"']+")
@@ -94,9 +93,14 @@ def export_package(
         content = _describe(spec, model, files, authors, license)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
+        if reason.startswith("license"):
+            raise BadInput(
+                f"There is no license {license[:40]!r}. Name one as SPDX does, e.g. "
+                "CC-BY-4.0, MIT or BSD-3-Clause."
+            ) from error
         raise BadInput(
-            f"The package would not be valid: {reason}. Correct the model's facts, "
-            "the authors or the license."
+            f"The package would not be valid: {reason}. Correct the model's facts or "
+            "the authors."
         ) from error
     with atomic_path(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -21,12 +21,15 @@ from napari_unet.models.web import is_url
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from napari_unet.steps import Progress
 
 BUNDLED = Path(__file__).parent / "bundled"
 SUFFIX = ".safetensors"
+PACKAGE_SUFFIX = ".zip"  # of bioimage.io
 
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 
@@ -292,7 +295,15 @@ def _import_steps(
     return import_checked(path, (yield from convert_steps(path))), path.stem
 
 
-def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Path:
+def export_model(
+    name: str,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    authors: Sequence[str] = (),
+    license: str = "",
+    image: NDArray | None = None,
+) -> Path:
     """Copy a model out of the library, to pass it on.
 
     Parameters
@@ -300,10 +311,12 @@ def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Pat
     name : str
         In the library.
     path : path
-        Of the file, whose suffix ``.safetensors`` is added when missing, or an
-        existing folder.
+        Of the file, or an existing folder. One that ends in ``.zip`` becomes a
+        bioimage.io package; to others ``.safetensors`` is added when missing.
     overwrite : bool
         Whether a file of that name is replaced.
+    authors, license, image
+        Of a bioimage.io package; see `bioimageio_export.export_package`.
 
     Returns
     -------
@@ -313,7 +326,9 @@ def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Pat
     Raises
     ------
     BadModel
-        If there is no such model, or its file is damaged.
+        If there is no such model, its file is damaged, or the format is not for it.
+    BadInput
+        If a package cannot be made of this.
     BadOutput
         If the file is there already or cannot be written.
     """
@@ -321,7 +336,7 @@ def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Pat
     path = Path(path).expanduser()
     if path.is_dir():
         path /= source.name
-    elif path.suffix != SUFFIX:
+    elif path.suffix not in (SUFFIX, PACKAGE_SUFFIX):
         path = path.with_name(path.name + SUFFIX)
     folder = path.parent.resolve()
     if folder in (BUNDLED.resolve(), library_dir().resolve()):
@@ -330,7 +345,12 @@ def export_model(name: str, path: str | Path, *, overwrite: bool = False) -> Pat
         raise BadOutput(
             f"{path} exists already; choose another name, or replace it (--overwrite)."
         )
-    read_model(source)  # what is passed on is whole
+    model = read_model(source)  # what is passed on is whole
+    if path.suffix == PACKAGE_SUFFIX:
+        from napari_unet.models.bioimageio_export import export_package
+
+        export_package(model, path, authors=authors, license=license, image=image)
+        return path
     with atomic_path(path) as temporary:
         shutil.copyfile(source, temporary)
     return path
