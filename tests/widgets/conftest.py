@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from desk import Desk, intensity_model
+from models_desk import ModelsDesk, fine_tune
 from tune_desk import TuneDesk, weak_model
 
 from napari_unet.models.checkpoint import save_model
@@ -62,5 +63,23 @@ def tune_desk(make_napari_viewer, qtbot) -> Callable[..., TuneDesk]:
             warnings.simplefilter("ignore")  # of napari's own start
             viewer = make_napari_viewer()
         return TuneDesk(viewer, qtbot, Session(load_model("weak"), "weak"))
+
+    return open_desk
+
+
+@pytest.fixture
+def models_desk(make_napari_viewer, qtbot) -> Callable[..., ModelsDesk]:
+    """Open a viewer; the library has "bright" (in use) and "mine", made of it."""
+
+    def open_desk(**options) -> ModelsDesk:
+        library_dir().mkdir(parents=True)
+        save_model(intensity_model(), library_dir() / "bright")
+        fine_tune("bright", "mine")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of napari's own start
+            viewer = make_napari_viewer(**options)
+        desk = ModelsDesk(viewer, qtbot, Session(load_model("bright"), "bright"))
+        qtbot.wait(50)  # until it is shown
+        return desk
 
     return open_desk

@@ -5,136 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import shutil
-import warnings
 
 import numpy as np
-import pytest
 from desk import intensity_model, spots
 from PIL import Image
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QFileDialog, QLineEdit, QPushButton
+from qtpy.QtWidgets import QFileDialog
 from tune_desk import weak_model
 
-from napari_unet.models.checkpoint import model_sha256, read_header, save_model
+from napari_unet.models.checkpoint import read_header, save_model
 from napari_unet.models.library import (
     find_model,
     library_dir,
     list_models,
-    load_model,
 )
-from napari_unet.models.model import Model, TrainingRecord
 from napari_unet.models.trash import remove_model
 from napari_unet.sample import nuclei
 from napari_unet.widgets import _session
 from napari_unet.widgets._models_passport import decode_picture
-from napari_unet.widgets._session import Session
-from napari_unet.widgets.models import ModelsWidget
-from napari_unet.widgets.segment import SegmentWidget
-
-
-class ModelsDesk:
-    """A viewer with the docks Segment and Models, used as a person would."""
-
-    def __init__(self, viewer, qtbot, session: Session):
-        self.viewer, self.qtbot, self.session = viewer, qtbot, session
-        self.segment = SegmentWidget(viewer, session)
-        self.dock = ModelsWidget(viewer, session)
-        viewer.window.add_dock_widget(self.segment, name="Segment")
-        viewer.window.add_dock_widget(self.dock, name="Models")
-        self.tree = self.dock._tree
-        self.form = self.dock._form
-
-    def button(self, text: str) -> QPushButton:
-        return next(b for b in self.dock.findChildren(QPushButton) if b.text() == text)
-
-    def click(self, text: str) -> None:
-        assert self.button(text).isEnabled(), self.button(text).toolTip()
-        self.button(text).click()
-
-    def choose(self, name: str, kind: str = "model") -> None:
-        self.tree.setCurrentItem(self.tree._find((kind, name)))
-
-    def import_by(self, text: str) -> None:
-        """Choose an entry of the menu of Import…"""
-        assert self.button("Import…").isEnabled()
-        menu = self.button("Import…").menu()
-        next(action for action in menu.actions() if action.text() == text).trigger()
-
-    def work(self) -> None:
-        """Wait until nothing is being done."""
-        self.qtbot.waitUntil(lambda: not self.dock._work.busy, timeout=30_000)
-        loading = self.segment._chooser
-        self.qtbot.waitUntil(lambda: not loading.loading, timeout=30_000)
-
-    def type_name(self, new: str) -> None:
-        self.click("Rename")
-        (editor,) = self.tree.findChildren(QLineEdit)
-        editor.selectAll()
-        self.qtbot.keyClicks(editor, new)
-        before = self.status
-        self.qtbot.keyClick(editor, Qt.Key.Key_Return)
-        self.qtbot.waitUntil(lambda: self.status != before)
-
-    @property
-    def names(self) -> dict:
-        """All rows with those below them."""
-
-        def below(item):
-            rows = [item.child(i) for i in range(item.childCount())]
-            return {row.text(0): below(row) for row in rows}
-
-        return below(self.tree.invisibleRootItem())
-
-    @property
-    def status(self) -> str:
-        return self.dock._work.status.text()
-
-    @property
-    def passport(self) -> str:
-        return self.dock._passport.text.text()
-
-    @property
-    def offered(self) -> list[str]:
-        """Models in the list of Segment."""
-        models = self.segment._chooser._list
-        return [models.itemText(i) for i in range(models.count())]
-
-    @property
-    def chosen(self) -> str:
-        return self.segment._chooser.chosen
-
-
-def fine_tune(parent: str, name: str) -> None:
-    """Save a child as fine-tuning does, with its record."""
-    model = load_model(parent)
-    record = TrainingRecord(
-        date="2026-11-20",
-        data="3 annotated images",
-        steps=40,
-        scores={"F1@0.5": 0.78, "old F1@0.5": 0.61},
-        parent_sha256=model_sha256(model),
-    )
-    update = {"name": name, "history": (*model.passport.history, record)}
-    child = Model(model.network, model.passport.model_copy(update=update))
-    save_model(child, library_dir() / name)
-
-
-@pytest.fixture
-def models_desk(make_napari_viewer, qtbot):
-    """Open a viewer; the library has "bright" (in use) and "mine", made of it."""
-
-    def open_desk(**options) -> ModelsDesk:
-        library_dir().mkdir(parents=True)
-        save_model(intensity_model(), library_dir() / "bright")
-        fine_tune("bright", "mine")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of napari's own start
-            viewer = make_napari_viewer(**options)
-        desk = ModelsDesk(viewer, qtbot, Session(load_model("bright"), "bright"))
-        qtbot.wait(50)  # until it is shown
-        return desk
-
-    return open_desk
 
 
 def test_the_tree_and_the_passport(models_desk):

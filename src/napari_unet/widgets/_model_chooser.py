@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from napari_unet.widgets._session import Session
 
 
-CHECKPOINTS = "Checkpoints (*.safetensors *.pt *.pth *.ckpt);;All files (*)"
+CHECKPOINTS = (
+    "Models (*.safetensors *.pt *.pth *.ckpt *.onnx *.zip *.yaml);;All files (*)"
+)
 NEW_NETWORKS = {"new network, 2D": 2, "new network, 3D": 3}
 
 

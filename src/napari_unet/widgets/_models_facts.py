@@ -30,6 +30,8 @@ METHODS = {
     "mean_std": "mean and deviation",
     "fixed": "fixed grey values",
 }
+_NUMBERED = ("percentile", "fixed")
+_EACH = "fixed by channel"  # as the file has them; too many to be typed
 _RANGES = {"percentile": (1.0, 99.8), "mean_std": (1.0, 99.8), "fixed": (0.0, 255.0)}
 
 
@@ -176,7 +178,10 @@ class FactsForm(QWidget):
         self._method = narrow(QComboBox())
         for key, text in METHODS.items():
             self._method.addItem(text, key)
-        self._method.setCurrentIndex(self._method.findData(how.method))
+        if how.ranges:
+            self._method.addItem("fixed, by channel", _EACH)
+        method = _EACH if how.ranges else how.method
+        self._method.setCurrentIndex(self._method.findData(method))
         tip = (
             "How grey values were scaled in its training: look into its documentation "
             "or training script.\nA wrong choice gives empty or full images."
@@ -213,13 +218,13 @@ class FactsForm(QWidget):
 
     def _on_method(self, *, keep: bool = False) -> None:
         method = self._method.currentData()
-        if not keep:
+        if not keep and method in _RANGES:
             for spin, value in zip(
                 (self._low, self._high), _RANGES[method], strict=True
             ):
                 spin.setValue(value)
         for spin in (self._low, self._high):
-            spin.setEnabled(method != "mean_std")
+            spin.setEnabled(method in _NUMBERED)
         self._changed()
 
     # --- values -----------------------------------------------------------------
@@ -254,9 +259,13 @@ class FactsForm(QWidget):
             for info, (name, kind) in infos
         ]
         channels = zip(passport.channels, self._channels, strict=True)
-        how = passport.normalization.model_dump()
-        how["method"] = self._method.currentData()
-        if how["method"] != "mean_std":
+        how, method = passport.normalization.model_dump(), self._method.currentData()
+        if method not in (how["method"], _EACH):  # what else was told went with that
+            how = {key: how[key] for key in ("scope", "joint_channels")}
+        if method != _EACH:
+            how.pop("ranges", None)
+            how["method"] = method
+        if method in _NUMBERED:
             how |= {"lower": self._low.value(), "upper": self._high.value()}
         sizes = [self._size.value()] * 2
         if self._depth is not None:
@@ -276,7 +285,7 @@ class FactsForm(QWidget):
         """Say which values cannot be, "" if all can."""
         if self._passport is None:
             return "No model is chosen."
-        if self._method.currentData() != "mean_std":
+        if self._method.currentData() in _NUMBERED:
             if self._low.value() >= self._high.value():
                 return "Of the two brightness values the second must be the larger."
             if self._method.currentData() == "percentile" and not (

@@ -1,10 +1,15 @@
-"""Ways to bring a model in: a file, a folder, an address, or dropping one of them."""
+"""Ways to bring a model in: a file, a folder, an address, or dropping one of them.
+
+Programs are converted with consent only: the one question that holds up everything.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from qtpy.QtCore import QObject, Qt, QTimer
 from qtpy.QtWidgets import (
     QFileDialog,
     QHBoxLayout,
@@ -16,12 +21,20 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_unet.errors import NeedsTrust
+from napari_unet.models.library import import_steps
+from napari_unet.models.trust import explain_refusal
+from napari_unet.models.web import is_url
+from napari_unet.steps import Progress
+from napari_unet.widgets._dock import while_alive
 from napari_unet.widgets._model_chooser import CHECKPOINTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Iterable
 
     from qtpy.QtCore import QMimeData
+
+    from napari_unet.widgets._models_work import WorkRow
 
 
 class ImportButton(QPushButton):
@@ -133,8 +146,7 @@ class AddressRow(QWidget):
 
 def is_address(text: str) -> bool:
     """Tell whether a text is the web address of something."""
-    text = text.strip()
-    return text.startswith(("https://", "http://")) and len(text.split()) == 1
+    return is_url(text.strip()) and len(text.split()) == 1
 
 
 def dropped(mime: QMimeData | None) -> list[str]:
@@ -148,17 +160,15 @@ def dropped(mime: QMimeData | None) -> list[str]:
     return [one for one in found if is_address(one) or Path(one).exists()]
 
 
-def ask_consent(parent: QWidget, name: str, words: str) -> bool:
-    """Ask whether a program may be run to take the weights out of it.
+def ask_consent(parent: QWidget, question: Question) -> bool:
+    """Ask whether a program may be converted.
 
     Parameters
     ----------
     parent : QWidget
         Under which the dialog belongs.
-    name : str
-        Of the file.
-    words : str
-        What it is, and what running it means.
+    question : Question
+        What it is, and what converting it means.
 
     Returns
     -------
@@ -167,9 +177,11 @@ def ask_consent(parent: QWidget, name: str, words: str) -> bool:
     """
     box = QMessageBox(parent)
     box.setIcon(QMessageBox.Icon.Warning)
-    box.setWindowTitle("Run a program?")
-    box.setText(f"{name} is a program, not only weights.")
-    box.setInformativeText(words)
+    box.setWindowTitle("Convert a program?")
+    what, _, meaning = question.words.partition("\n\n")
+    box.setTextFormat(Qt.TextFormat.PlainText)  # it has names out of the file
+    box.setText(what)
+    box.setInformativeText(meaning)
     convert = box.addButton("Convert anyway", QMessageBox.ButtonRole.AcceptRole)
     cancel = box.addButton(QMessageBox.StandardButton.Cancel)
     box.setDefaultButton(cancel)
@@ -178,3 +190,78 @@ def ask_consent(parent: QWidget, name: str, words: str) -> bool:
     clicked = box.clickedButton() is convert
     box.deleteLater()
     return clicked
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user must consent to before a program is converted."""
+
+    words: str
+
+
+def ask_first_steps(source: str) -> Generator[Progress, None, str | Question]:
+    """Import a model as `import_steps` does; of a program, return what it means."""
+    yield Progress(0, 1)
+    try:
+        return (yield from import_steps(source))
+    except NeedsTrust as error:
+        return Question(explain_refusal(short(source), error))
+
+
+class Importer(QObject):
+    """Imports one model after the other, and asks where consent is needed.
+
+    Parameters
+    ----------
+    work : WorkRow
+        Does it in the background, shows how far it is, and is its parent.
+    on_imported : callable
+        Gets a source and the name of its model in the library.
+    """
+
+    def __init__(self, work: WorkRow, on_imported: Callable[[str, str], None]):
+        super().__init__(work)
+        self._work = work
+        self._on_imported = on_imported
+        self._waiting: list[str] = []
+
+    @while_alive
+    def add(self, sources: Iterable[str]) -> None:
+        """Import from paths and web addresses, as soon as nothing else is done."""
+        self._waiting += sources
+        self._next()
+
+    def go_on(self) -> None:
+        """Begin with the next one, once the work that ends has told its result."""
+        if self._waiting:
+            QTimer.singleShot(0, self._next)
+
+    @while_alive
+    def _next(self) -> None:
+        if not self._waiting or self._work.busy:
+            return  # it comes back when the work has ended
+        source = self._waiting.pop(0)
+        self._work.run(
+            f"Importing {short(source)}",
+            ask_first_steps(source),
+            lambda result: self._on_result(source, result),
+            stops=True,
+        )
+
+    def _on_result(self, source: str, result: str | Question) -> None:
+        if isinstance(result, str):
+            self._on_imported(source, result)
+        elif ask_consent(self._work, result):
+            self._work.run(
+                f"Converting {short(source)}",
+                import_steps(source, trust=True),
+                lambda name: self._on_imported(source, name),
+                stops=True,
+            )
+        else:
+            self._work.say(f"{short(source)} was not imported.")
+
+
+def short(source: str) -> str:
+    """Name a file, folder or address in a few words."""
+    return PurePath(source.rstrip("/")).name or source

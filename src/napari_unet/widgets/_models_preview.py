@@ -271,6 +271,8 @@ class FactsPreview(QWidget):
             return
         if view is None or view.image not in self._viewer.layers:
             return
+        if self._model is None:  # another was chosen meanwhile
+            return
         self._seen = result
         classes = result.found.passport.classes[1:]
         regions = any(info.kind == "region" for info in classes)
@@ -282,22 +284,8 @@ class FactsPreview(QWidget):
             [info.color for info in classes] if regions else [],
             framed=view.is_part,
         )
-        self._say(self._words(result.found, view), keep=True)
-
-    def _words(self, found: Found, view: _View) -> str:
-        where = "in the frame" if view.is_part else "here"
-        words = f"{found.describe()} {where} ({found.covered:.0%} covered)."
-        if not found.covered:
-            return (
-                f"Nothing is found {where}. Try another brightness or a lower "
-                "threshold."
-            )
-        if found.covered > _FULL:
-            return f"{words} Too much? Try another brightness or a higher threshold."
-        sizes = _layers.pixel_size(view.image, view.axes)
-        assert self._model is not None
-        fit = Model(self._model.network, found.passport).describe_fit(sizes)
-        return f"{words} {fit.capitalize()}." if fit else words
+        model = Model(self._model.network, result.found.passport)
+        self._say(_words(model, result.found, view), keep=True)
 
     def _fail(self, message: str) -> None:
         if self._model is None and self._loading is self._entry:
@@ -310,6 +298,19 @@ class FactsPreview(QWidget):
         if not keep:
             self._overlay.remove()
             self._seen = None
+
+
+def _words(model: Model, found: Found, view: _View) -> str:
+    """Say what was found, and what may be done where that looks wrong."""
+    where = "in the frame" if view.is_part else "here"
+    words = f"{found.describe()} {where} ({found.covered:.0%} covered)."
+    if not found.covered:
+        return f"Nothing is found {where}. Try another brightness or a lower threshold."
+    if found.covered > _FULL:
+        return f"{words} Too much? Try another brightness or a higher threshold."
+    sizes = _layers.pixel_size(view.image, view.axes)
+    fit = model.describe_fit(sizes)
+    return f"{words} {fit.capitalize()}." if fit else words
 
 
 def _weights_of(entry: Entry | None) -> object:

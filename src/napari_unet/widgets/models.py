@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error
@@ -16,7 +16,6 @@ from napari_unet.models.library import (
     correct_model,
     export_model,
     find_model,
-    import_model,
     is_bundled,
     load_model,
     rename_model,
@@ -29,7 +28,9 @@ from napari_unet.widgets._models_facts import FactsForm
 from napari_unet.widgets._models_import import (
     AddressRow,
     ImportButton,
+    Importer,
     dropped,
+    short,
 )
 from napari_unet.widgets._models_passport import PassportView
 from napari_unet.widgets._models_preview import FactsPreview
@@ -67,7 +68,6 @@ class ModelsWidget(Dock):
         super().__init__()
         self._session = session
         self._entry: Entry | None = None  # that is shown
-        self._waiting: list[str] = []  # to be imported
         self._build(viewer)
         self.setAcceptDrops(True)
         session.events.model.connect(self._on_session)
@@ -90,6 +90,7 @@ class ModelsWidget(Dock):
         self._use.clicked.connect(lambda: self._load(self._tree.chosen))
         self.column.addWidget(self._use)
         self._work = WorkRow(self._refresh_buttons)
+        self._importer = Importer(self._work, self._show_imported)
         self._work.say("Choose a model: Use hands it to the other docks.")
         self.column.addWidget(self._work)
         self._passport = PassportView()
@@ -218,8 +219,7 @@ class ModelsWidget(Dock):
             _enable(self._remove, why_not, tip)
         self._form.set_why_not(why_not or broken)
         self._address.set_why_not(self._work.busy)
-        if self._waiting and not self._work.busy:
-            QTimer.singleShot(0, self._import_next)
+        self._importer.go_on()
 
     # --- what takes time ------------------------------------------------------
 
@@ -240,29 +240,18 @@ class ModelsWidget(Dock):
         source : str
             Path of a file or folder, or a web address.
         """
-        self._waiting.append(source)
-        self._import_next()
+        self._importer.add([source])
 
-    @while_alive
-    def _import_next(self) -> None:
-        if not self._waiting or self._work.busy:
-            return
-        source = self._waiting.pop(0)
-
-        def show(name: str) -> None:
-            self._session.library_changed.emit("", name)
-            self.refresh(name)
-            self._work.say(f"{Path(source).name} is in the library as {name!r}.")
-            entry = self._entry
-            if entry is not None and entry.header is not None:
-                if not entry.header.passport.history:  # nobody has told of it
-                    self._fold.expand(animate=False)
-                    QTimer.singleShot(0, self._show_form)
-                    self._work.say(
-                        f"{name!r} is in the library. Check its facts below."
-                    )
-
-        self._do(f"Importing {Path(source).name}", lambda: import_model(source), show)
+    def _show_imported(self, source: str, name: str) -> None:
+        self._session.library_changed.emit("", name)
+        self.refresh(name)
+        self._work.say(f"{short(source)} is in the library as {name!r}.")
+        entry = self._entry
+        if entry is not None and entry.header is not None:
+            if not entry.header.passport.history:  # nobody has told of it
+                self._fold.expand(animate=False)
+                QTimer.singleShot(0, self._show_form)
+                self._work.say(f"{name!r} is in the library. Check its facts below.")
 
     def export_file(self, name: str, path: str) -> None:
         """Copy a model out of the library, over a file that may be there.
@@ -312,9 +301,8 @@ class ModelsWidget(Dock):
         """Import what was dropped, one after the other."""
         if event is not None and (sources := dropped(event.mimeData())):
             event.acceptProposedAction()
-            self._waiting += sources
             # The program that it was dragged from waits for this to return.
-            QTimer.singleShot(0, self._import_next)
+            QTimer.singleShot(0, partial(self._importer.add, sources))
 
     # --- what is done at once -------------------------------------------------
 

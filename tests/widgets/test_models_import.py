@@ -1,0 +1,175 @@
+"""Bringing models into the library by the Models dock, programs with consent only."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from models_desk import bright_milesial
+from qtpy.QtCore import QMimeData, QPointF, Qt, QTimer, QUrl
+from qtpy.QtGui import QDragEnterEvent, QDropEvent
+from qtpy.QtWidgets import QApplication, QFileDialog, QMessageBox
+from tune_desk import weak_model
+
+from napari_unet.models.checkpoint import save_model
+from napari_unet.models.library import library_dir, list_models
+from napari_unet.widgets._models_import import is_address
+
+BEFORE = ["bright", "mine", "nuclei"]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Save a TorchScript file of a network that finds bright pixels."""
+    file = tmp_path / "script.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is on its way out
+        traced = torch.jit.trace(bright_milesial(), torch.zeros(1, 1, 32, 32))
+        torch.jit.save(traced, file)
+    return file
+
+
+class Answer:
+    """Answers the next dialog by one of its buttons."""
+
+    def __init__(self, text: str):
+        self._text = text
+        self.words = self.default = ""
+        self._timer = QTimer()
+        self._timer.setInterval(20)
+        self._timer.timeout.connect(self._look)
+        self._timer.start()
+
+    def _look(self) -> None:
+        box = QApplication.activeModalWidget()
+        if not isinstance(box, QMessageBox):
+            return
+        self._timer.stop()
+        self.words = f"{box.text()}\n{box.informativeText()}"
+        self.default = box.defaultButton().text().replace("&", "")
+        buttons = {b.text().replace("&", ""): b for b in box.buttons()}
+        buttons[self._text].click()
+
+
+def files() -> list[str]:
+    return sorted(os.listdir(library_dir()))
+
+
+def test_a_program_is_converted_with_consent_only(models_desk, script):
+    desk = models_desk()
+    before, shown = files(), desk.names
+    answer = Answer("Cancel")
+    desk.dock.import_file(str(script))
+    desk.qtbot.waitUntil(lambda: bool(answer.words), timeout=30_000)
+    desk.work()
+    assert answer.default == "Cancel"
+    assert answer.words.startswith("script.pt: ")
+    assert "can do what you can do" in answer.words
+    assert desk.status == "script.pt was not imported."
+    assert files() == before
+    assert desk.names == shown
+    assert desk.tree.chosen == "bright"
+    assert not desk.dock._fold.isExpanded()
+    # With consent it can still be stopped.
+    answer = Answer("Convert anyway")
+    desk.dock.import_file(str(script))
+    button = desk.dock._work.button
+    desk.qtbot.waitUntil(
+        lambda: "Converting" in desk.status and not button.isHidden(), timeout=30_000
+    )
+    assert button.text() == "Cancel"
+    button.click()
+    desk.work()
+    assert desk.status == "Cancelled. All is as it was."
+    assert files() == before
+    answer = Answer("Convert anyway")
+    desk.dock.import_file(str(script))
+    desk.qtbot.waitUntil(lambda: bool(answer.words), timeout=30_000)
+    desk.work()
+    assert desk.tree.chosen == "script"
+    assert "milesial" in desk.passport
+    assert "Check its facts below" in desk.status
+    assert sorted(list_models()) == sorted([*BEFORE, "script"])
+
+
+def drop(desk, mime: QMimeData) -> bool:
+    """Drag something onto the dock, and let it go there; tell whether it is taken."""
+    where, copy = QPointF(50, 50), Qt.DropAction.CopyAction
+    button, none = Qt.MouseButton.LeftButton, Qt.KeyboardModifier.NoModifier
+    viewport = desk.dock.viewport()
+    enter = QDragEnterEvent(where.toPoint(), copy, mime, button, none)
+    enter.setAccepted(False)
+    QApplication.sendEvent(viewport, enter)
+    if enter.isAccepted():
+        QApplication.sendEvent(viewport, QDropEvent(where, copy, mime, button, none))
+    return enter.isAccepted()
+
+
+def test_what_is_dropped_is_imported_one_after_the_other(
+    models_desk, tmp_path, monkeypatch
+):
+    desk = models_desk()
+    paths = [save_model(weak_model(), tmp_path / name) for name in ("one", "two")]
+    mime = QMimeData()
+    mime.setUrls([QUrl.fromLocalFile(str(path)) for path in paths])
+    assert drop(desk, mime)
+    desk.qtbot.waitUntil(lambda: len(list_models()) == 5, timeout=30_000)
+    desk.work()
+    assert sorted(list_models()) == sorted([*BEFORE, "one", "two"])
+    words = QMimeData()
+    words.setText("just words")
+    assert not drop(desk, words)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.setattr(QFileDialog, "getExistingDirectory", lambda *_: str(folder))
+    desk.import_by("Folder…")
+    desk.work()
+    assert "empty" in desk.status
+    assert len(list_models()) == 5
+
+
+def test_addresses():
+    assert is_address("https://example.org/model.zip")
+    assert is_address(" http://example.org/rdf.yaml\n")
+    for text in ("", "example.org", "file:///etc/passwd", "https://a b", "ftp://x"):
+        assert not is_address(text)
+
+
+def test_an_address_is_fetched_when_the_user_says_so(models_desk, shared_data, qtbot):
+    """A package of the web, here of this computer, becomes a model."""
+    pytest.importorskip("bioimageio.spec")
+    folder = shared_data / "checkpoints" / "bioimageio_unet2d_fixed_shape"
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    serve = partial(Handler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            desk = models_desk(show=True)
+            row = desk.dock._address
+            assert not row.isVisible()
+            desk.import_by("Address…")
+            assert row.isVisible()
+            assert not row.get.isEnabled()
+            address = f"http://127.0.0.1:{server.server_port}/v0_4.bioimageio.yaml"
+            qtbot.keyClicks(row.line, address)
+            assert not asked
+            row.get.click()
+            desk.work()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert asked
+    (new,) = set(list_models()) - set(BEFORE)
+    assert desk.tree.chosen == new
+    assert "Check its facts below" in desk.status
