@@ -192,7 +192,7 @@ def others():
     yield "one byte", b"\x80", "no data"
     yield "zeros", bytes(5000), "no data"
     yield "tar", tar.getvalue(), "tar archive"
-    yield "ONNX", b"\x08\x07\x12\x07pytorch\x1a\x031.9" + bytes(200), "ONNX.*" + asks
+    yield "ONNX", b"\x08\x07\x12\x07pytorch\x1a\x031.9" + bytes(200), "no ONNX network"
     yield "HDF5", b"\x89HDF\r\n\x1a\n" + bytes(200), "HDF5.*" + asks
     yield "SavedModel", b"\x08\x01\x12\x99" + bytes(200), "SavedModel.*" + asks
     yield "TFLite", b"\x1c\0\0\0TFL3" + bytes(200), "TensorFlow.*" + asks

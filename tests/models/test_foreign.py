@@ -275,6 +275,38 @@ def test_the_passport_says_what_is_known_and_what_is_not():
     assert "normalisation" in passport.description
 
 
+@pytest.mark.parametrize(
+    ("values", "outputs", "names"),
+    [
+        ([0, 255], 2, ["value 255"]),
+        ([0, 255], 1, ["value 255"]),
+        ([0, 0.5, 1], 3, ["value 0.5", "value 1"]),
+        (
+            [[0, 0, 0], [255, 0, 0], [0, 0, 9]],
+            3,
+            ["value 255, 0, 0", "value 0, 0, 9"],
+        ),
+        (np.array([0, 7]).tolist(), 2, ["value 7"]),
+        ([0, 1, 2], 2, ["object"]),
+        ([0, 10**80], 2, ["object"]),
+        ([0, float("nan")], 2, ["object"]),
+        (["a", "b"], 2, ["object"]),
+        ([[], []], 2, ["object"]),
+        (3, 2, ["object"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 1}])
+def test_values_of_the_masks_name_the_classes(values, outputs, names, wrap, tmp_path):
+    state = {**Milesial(1, outputs, width=2).state_dict(), "mask_values": values}
+    torch.save(wrap(state), tmp_path / "cars.pth")
+    passport = load_model(tmp_path / "cars.pth").passport
+    assert [info.name for info in passport.classes] == ["background", *names]
+    assert ("value 0 is background" in passport.description) == (
+        names != ["object"] and not isinstance(values[0], list)
+    )
+
+
 def test_transposed_convolutions_that_were_never_saved():
     state = DownConv(saved=False).state_dict()
     with pytest.raises(BadModel, match=r"4 upsampling layers were never saved.*train"):

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from napari_unet.errors import BadModel
 from napari_unet.models import smp
@@ -70,10 +70,42 @@ def import_checked(path: Path, checked: CheckedFile) -> Model:
             model = smp.import_unet(checked.tensors, prefix, beside, checked.tree)
         else:
             model = recognise(checked.tensors)
+            model = _with_mask_values(model, checked.tree)
     except BadModel as error:
         raise BadModel(f"{path.name} cannot be imported. {error}") from error
     passport = model.passport.model_copy(update={"name": path.stem})
     return Model(model.network, passport)
+
+
+def _with_mask_values(model: Model, tree: Any) -> Model:
+    """Name the classes by the values that they had in the masks, if the file has them.
+
+    milesial/Pytorch-UNet keeps these as "mask_values" among the weights: the grey
+    value or the colour of each class.
+    """
+    values: Any = None
+    for place in (tree, *tree.values()):
+        if isinstance(place, dict):
+            values = place.get("mask_values", values)
+    names = []
+    for value in values if isinstance(values, list | tuple) else ():
+        parts = value if isinstance(value, list | tuple) else [value]
+        if parts and all(isinstance(p, int | float) and abs(p) < 1e6 for p in parts):
+            names.append("value " + ", ".join(f"{part:g}" for part in parts[:4]))
+    passport = model.passport
+    if len(names) != len(passport.classes):
+        return model
+    background, *others = passport.classes
+    found = [
+        info.model_copy(update={"name": name})
+        for info, name in zip(others, names[1:], strict=True)
+    ]
+    description = (
+        f"{passport.description} Its classes are called by what they were in the "
+        f"masks; {names[0]} is background."
+    )
+    update = {"classes": (background, *found), "description": description}
+    return Model(model.network, passport.model_copy(update=update))
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> Model:

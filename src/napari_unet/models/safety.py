@@ -17,6 +17,7 @@ import stat
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import safetensors.torch
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from napari_unet.errors import BadModel, NeedsTrust
+from napari_unet.models.beside import Array, Fields, Unread, unread
 from napari_unet.models.containers import (
     MAX_MEMBERS,
     MAX_PICKLE,
@@ -55,6 +57,7 @@ _ITEM_SIZES = {
     "BOOL": 1,
 }
 _DAMAGED = "Get the file again."
+_ONE_LIST = Lock()
 _CONSENT = (
     "Ask for the weights alone: torch.save(model.state_dict(), 'weights.pt'). If you "
     "trust whoever made it, `napari-unet models import --trust` takes them out of it."
@@ -70,7 +73,8 @@ class CheckedFile:
     tensors : dict
         All tensors by their place in `tree`, joined by dots: "state_dict.head.bias".
     tree : dict
-        All that the file holds: dicts, lists and tuples of plain values and tensors.
+        All that the file holds: dicts, lists and tuples of plain values, tensors and
+        arrays of numpy.
     container : str
         "safetensors", "torch zip", "torch legacy" or "ONNX"; of the last the whole
         content is the one tensor, "graph".
@@ -144,13 +148,18 @@ def _read(path: Path, file: BinaryIO) -> CheckedFile:
     metadata: dict[str, str] = {}
     if kind == SAFETENSORS:
         metadata = _check_safetensors(file, size)
-        content = _load_safetensors(path)
+        content: Any = _load_safetensors(path)
+        seen = content
     else:
         check = _check_zip if kind == TORCH_ZIP else _check_legacy
-        check(file, size)
-        content = _load_torch(file)
+        followed = check(file, size)
+        content = _load_torch(file, followed.beside)
+        seen = followed.tree
     tensors: dict[str, Tensor] = {}
-    tree = _plain(content, (), tensors)
+    try:
+        tree = _plain(content, seen, (), tensors)
+    except (ValueError, TypeError) as error:  # the two readers saw different things
+        raise BadModel(f"Its description contradicts itself. {_DAMAGED}") from error
     if not tensors:
         raise BadModel("It holds no tensors. Choose a checkpoint of a network.")
     _check_finite(tensors)
@@ -170,7 +179,7 @@ def _read_onnx(file: BinaryIO, size: int) -> CheckedFile:
 # --- what torch.save writes --------------------------------------------------
 
 
-def _check_zip(file: BinaryIO, size: int) -> None:
+def _check_zip(file: BinaryIO, size: int) -> Followed:
     """Check a zip archive of torch, its pickle, and that they agree."""
     content, sizes = read_archive(file, size)
     followed = follow_pickle(content)
@@ -181,9 +190,10 @@ def _check_zip(file: BinaryIO, size: int) -> None:
                 f"Its weights {key[:40]!r} should have {storage.nbytes} bytes but have "
                 f"{sizes.get(key, 0)}. {_DAMAGED}"
             )
+    return followed
 
 
-def _check_legacy(file: BinaryIO, size: int) -> None:
+def _check_legacy(file: BinaryIO, size: int) -> Followed:
     """Check the pickles and the storages of a file of torch < 1.6."""
     file.seek(0)
     content = file.read(MAX_PICKLE)
@@ -206,6 +216,7 @@ def _check_legacy(file: BinaryIO, size: int) -> None:
     ):
         raise BadModel(f"The list of its weights is damaged. {_DAMAGED}")
     _check_storages(file, keys.end, size, [followed.storages[key] for key in found])
+    return followed
 
 
 def _check_storages(
@@ -241,10 +252,12 @@ def _check_tree(followed: Followed) -> None:
         )
 
 
-def _load_torch(file: BinaryIO) -> Any:
+def _load_torch(file: BinaryIO, beside: set[str]) -> Any:
     file.seek(0)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        # Torch keeps one list of names for all threads.
+        with _ONE_LIST, torch.serialization.safe_globals(unread(beside)):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         # All checks passed, yet a second reader that trusts nothing says no.
         reason = re.split(r"\n|  \(", str(error).strip())[0][:200]
@@ -348,16 +361,26 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 # --- what was read -----------------------------------------------------------
 
 
-def _plain(value: Any, place: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """Return a value made of plain containers only; gather its tensors by place."""
+def _plain(
+    value: Any, seen: Any, place: tuple[str, ...], tensors: dict[str, Tensor]
+) -> Any:
+    """Return a value made of plain containers only; gather its tensors by place.
+
+    What torch has not read is taken from what was seen when its pickle was followed.
+    """
+    if isinstance(value, Unread):
+        if not isinstance(seen, Fields):
+            return seen.values if isinstance(seen, Array) else seen
+        value = value.state
     if isinstance(value, dict):
         return {
-            key: _plain(item, (*place, str(key)), tensors)
-            for key, item in value.items()
+            key: _plain(value[own], seen[key], (*place, str(key)), tensors)
+            for own, key in zip(value, seen, strict=True)
         }
     if isinstance(value, list | tuple):
         items = [
-            _plain(item, (*place, str(i)), tensors) for i, item in enumerate(value)
+            _plain(item, other, (*place, str(i)), tensors)
+            for i, (item, other) in enumerate(zip(value, seen, strict=True))
         ]
         return items if isinstance(value, list) else tuple(items)
     if not isinstance(value, Tensor):
