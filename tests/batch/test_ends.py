@@ -11,7 +11,7 @@ import tifffile
 from batch_cases import make_job, parts, results, run, run_well
 from cli_cases import write_image
 
-from napari_unet.batch import folder as batch_folder
+from napari_unet.batch import run as batch_run
 from napari_unet.batch.folder import batch_steps
 from napari_unet.errors import BadOutput
 from napari_unet.files import members
@@ -20,7 +20,7 @@ from napari_unet.files import members
 @pytest.fixture
 def every_tick(monkeypatch):
     """Let through also the ticks that come too fast for anybody."""
-    monkeypatch.setattr(batch_folder, "seldom_steps", lambda steps: steps)
+    monkeypatch.setattr(batch_run, "seldom_steps", lambda steps: steps)
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def test_tables_that_fail_too_do_not_hide_the_first_error(place, monkeypatch):
     def write_summary(*arguments):
         raise BadOutput("Cannot write the table.")
 
-    monkeypatch.setattr(batch_folder, "write_summary", write_summary)
+    monkeypatch.setattr(batch_run, "write_summary", write_summary)
     with (
         full_disk(monkeypatch, at=2),
         pytest.raises(BadOutput, match=r"a1.tif: the disk is full; .* 1 of 3 images"),

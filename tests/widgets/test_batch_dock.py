@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import time
 import warnings
 from contextlib import closing
@@ -168,6 +169,27 @@ def test_double_click_opens_once(on, tmp_path):
     on.viewer.layers.remove(labels)
     on.double_click("cells_0.tif")
     on.wait_until(lambda: len(on.viewer.layers) == 4)
+
+
+def test_a_full_disk_says_what_is_done_and_how_to_go_on(on, tmp_path, monkeypatch):
+    original, written = tifffile.TiffWriter.write, []
+
+    def write(writer, *arguments, **options):
+        written.append(writer)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "full")
+        return original(writer, *arguments, **options)
+
+    on.choose(write_images(tmp_path / "in", 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(tifffile.TiffWriter, "write", write)
+        on.run()
+    assert "the disk is full" in on.status
+    words = "2 of 5 images are done and kept; resume the batch (--resume) for the rest."
+    assert on.status.endswith(words)
+    assert on.start.text() == "Resume"
+    on.run()
+    assert on.status.startswith("5 done (2 of them before), ")
 
 
 def test_opened_labels_follow_a_new_run(on, tmp_path):

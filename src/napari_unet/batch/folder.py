@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from napari_unet.batch.cluster import distributed_steps, recall_tasks
-from napari_unet.batch.file import Task, writing
+from napari_unet.batch.cluster import recall_tasks
+from napari_unet.batch.file import writing
 from napari_unet.batch.job import TILES_IF_INEXACT, BatchJob, program_versions
-from napari_unet.batch.journal import Entry, Journal, Status
-from napari_unet.batch.overlap import overlapped_steps
+from napari_unet.batch.journal import Journal
 from napari_unet.batch.plan import (
     INTERNAL,
     JOB,
     JOURNAL,
-    REPORT,
     Item,
     check_batch,
     few,
@@ -26,92 +23,20 @@ from napari_unet.batch.plan import (
     plan_batch_steps,
     result_folders,
 )
-from napari_unet.batch.report import write_report
+from napari_unet.batch.run import Run, nameless_steps
 from napari_unet.batch.scheduler import check_scheduler
-from napari_unet.batch.tables import (
-    join_measurements_steps,
-    make_rows,
-    write_summary,
-)
-from napari_unet.errors import BadInput, BadModel, BadOutput, Partial, UnetError
+from napari_unet.errors import BadInput, BadModel, BadOutput
 from napari_unet.files.atomic import sweep
-from napari_unet.steps import Progress, run_to_end, seldom_steps
+from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
 
-    from napari_unet.batch.file import FileStep
+    from napari_unet.batch.run import BatchProgress, BatchReport
     from napari_unet.models.model import Model
 
-Result = TypeVar("Result")
-
-__all__ = ["BatchProgress", "BatchReport", "batch_steps"]
-
-
-@dataclass(frozen=True)
-class BatchProgress(Progress):
-    """How far a batch is: `done` and `total` are bytes of images.
-
-    Parameters
-    ----------
-    index : int
-        Of the file that this is about, in the order of the plan.
-    files : int
-        How many there are.
-    name : str
-        The file's path below the folder of images; "" before they are known, if it
-        takes long to find them, and when the tables are put together.
-    status : str
-        "waiting", "running", "done", "skipped" (done by an earlier run) or "failed".
-    entry : Entry or None
-        What became of it: objects, seconds, reason and so on.
-    """
-
-    index: int = 0
-    files: int = 0
-    name: str = ""
-    status: Status = "waiting"
-    entry: Entry | None = None
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """What became of a batch.
-
-    Parameters
-    ----------
-    job : BatchJob
-        With the hash of the model and the versions.
-    entries : tuple of Entry
-        Of all files, in the order of the plan.
-    skipped : int
-        How many of them were done by an earlier run.
-    report : Path
-        To be opened in a browser.
-    """
-
-    job: BatchJob
-    entries: tuple[Entry, ...]
-    skipped: int
-    report: Path
-
-    @property
-    def failed(self) -> list[Entry]:
-        """The files that could not be segmented."""
-        return [entry for entry in self.entries if entry.status == "failed"]
-
-    @property
-    def error(self) -> Partial | None:
-        """What to raise if not all went well; it lists the failed files."""
-        if not (failed := self.failed):
-            return None
-        names = few([entry.name for entry in failed])
-        rest = " The others are done." if len(failed) < len(self.entries) else ""
-        return Partial(
-            f"{len(failed)} of {len(self.entries)} images could not be segmented: "
-            f"{names}.{rest} The reasons are in {self.report}."
-        )
+__all__ = ["batch_steps"]
 
 
 def batch_steps(
@@ -161,7 +86,7 @@ def batch_steps(
 
     if scheduler:
         check_scheduler(scheduler)
-    items = yield from _nameless_steps(plan_batch_steps(job))
+    items = yield from nameless_steps(plan_batch_steps(job))
     journal_path = job.output / JOURNAL
     may_replace = overwrite or (resume and journal_path.is_file())
     check_batch(job, items, overwrite=may_replace)
@@ -178,12 +103,10 @@ def batch_steps(
         todo = items
         if resume:
             looking = _todo_steps(items, journal, job.output)
-            todo = yield from _nameless_steps(looking)
+            todo = yield from nameless_steps(looking)
         if not overwrite:
             _check_ownership(job, todo, journal)
-        run = _Run(
-            *(job, model, items, todo, journal, device.name), scheduler=scheduler
-        )
+        run = Run(*(job, model, items, todo, journal, device.name), scheduler=scheduler)
         notes = [device.note, _changed_versions(told, job)]
         if resume and (outdated := sum(journal.is_outdated(i.name) for i in todo)):
             notes.append(
@@ -193,21 +116,6 @@ def batch_steps(
         with journal:
             job.save(job.output / JOB)
             return (yield from run.steps(notes))
-
-
-def _nameless_steps(
-    steps: Generator[Progress, None, Result], done: int = 0, total: int = 1
-) -> Generator[BatchProgress, None, Result]:
-    """Tell now and then what is done beside the files."""
-    with closing(seldom_steps(steps)) as ticks:
-        while True:
-            try:
-                tick = next(ticks)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            far = f"{tick.done:,} of {tick.total:,}"
-            yield BatchProgress(done, total, f"{tick.message}, {far}")
 
 
 def _todo_steps(
@@ -319,133 +227,3 @@ def _changed_versions(told: BatchJob, job: BatchJob) -> str:
     return (
         f"The job was made with {', '.join(changed)}: the results may differ a little."
     )
-
-
-class _Run:
-    """One run of a batch, after everything was checked."""
-
-    def __init__(
-        self,
-        job: BatchJob,
-        model: Model,
-        items: Sequence[Item],
-        todo: Sequence[Item],
-        journal: Journal,
-        device: str,
-        *,
-        scheduler: str | None,
-    ):
-        self._job, self._model, self._journal = job, model, journal
-        self._items, self._todo = items, todo
-        self._scheduler = scheduler
-        self._task = Task(
-            output=job.output,
-            internal=job.output / INTERNAL,
-            options={**job.settings.options(model.ndim), "device": device},
-            axes=job.axes,
-            pixel_size=job.pixel_size,
-            measure=job.measure,
-            thumbnails=True,
-            overwrite=True,  # what may not be replaced was refused before
-        )
-        self._index = {item.name: index for index, item in enumerate(items)}
-        names = {item.name for item in todo}
-        self._entries = {
-            name: entry for name, entry in journal.entries.items() if name not in names
-        }
-        self._skipped = self._index.keys() - names
-        # Files of more bytes take longer, and every file takes some time.
-        self._weights = {item.name: item.state[0] + 4096 for item in items}
-        self._total = sum(self._weights[name] for name in names)
-        self._done = 0
-        self._parts: dict[str, float] = {}  # of the files in work
-        self._told = {""}
-
-    def steps(self, notes: list[str]) -> Generator[BatchProgress, None, BatchReport]:
-        """Do what is not done yet; begin with what there is to tell."""
-        for item in self._items:
-            is_skipped = item.name in self._skipped
-            yield self._progress(item, "skipped" if is_skipped else "waiting")
-        for note in filter(None, notes):
-            yield BatchProgress(0, self._total, note=note)
-        self._journal.forget(item.name for item in self._todo)
-        try:
-            with closing(self._file_steps()) as files:
-                for step in files:
-                    yield self._follow(step)
-        except BaseException as error:
-            # Whatever fails now, the first error is the one to tell.
-            with suppress(Exception):
-                run_to_end(self._conclude_steps())
-            if isinstance(error, UnetError):
-                raise self._with_what_is_kept(error) from error
-            raise
-        try:
-            steps = self._conclude_steps()
-            return (yield from _nameless_steps(steps, self._total, self._total))
-        except UnetError as error:
-            raise self._with_what_is_kept(error) from error
-
-    def _with_what_is_kept(self, error: UnetError) -> UnetError:
-        """Add to what has ended a batch how to go on."""
-        entries = self._entries
-        names = [item.name for item in self._items if item.name in entries]
-        done = sum(entries[name].status == "done" for name in names)
-        kept = f"None of the {len(self._items)} images is done yet"
-        if done:
-            are = "image is" if len(self._items) == 1 else "images are"
-            kept = f"{done} of {len(self._items)} {are} done and kept"
-        return type(error)(f"{error} {kept}; resume the batch (--resume) for the rest.")
-
-    def _file_steps(self) -> Generator[FileStep, None, None]:
-        what = self._todo, self._model, self._task, self._record
-        if self._scheduler:
-            return distributed_steps(*what, scheduler=self._scheduler)
-        return overlapped_steps(*what)
-
-    def _record(self, entry: Entry) -> None:
-        self._journal.add(entry)
-        self._entries[entry.name] = entry
-
-    def _follow(self, step: FileStep) -> BatchProgress:
-        name = step.item.name
-        if step.entry:
-            self._parts.pop(name, None)
-            self._done += self._weights[name]
-        else:
-            self._parts[name] = step.part
-        note = "" if step.note in self._told else step.note
-        self._told.add(note)
-        status = step.entry.status if step.entry else "running"
-        return self._progress(step.item, status, step.message, note)
-
-    def _progress(
-        self, item: Item, status: Status, message: str = "", note: str = ""
-    ) -> BatchProgress:
-        number = self._index[item.name] + 1
-        parts = [f"file {number} of {len(self._items)}", item.name, message]
-        begun = [self._weights[name] * part for name, part in self._parts.items()]
-        return BatchProgress(
-            done=self._done + int(sum(begun)),
-            total=self._total,
-            message=", ".join(filter(None, parts)),
-            note=note,
-            index=number - 1,
-            files=len(self._items),
-            name=item.name,
-            status=status,
-            entry=None if status == "running" else self._entries.get(item.name),
-        )
-
-    def _conclude_steps(self) -> Generator[Progress, None, BatchReport]:
-        """Put together what was found so far, what is most wanted first."""
-        found = [self._entries.get(item.name) for item in self._items]
-        entries = tuple(entry for entry in found if entry is not None)
-        yield Progress(0, len(entries), "writing the report")
-        rows = make_rows(entries, self._model.ndim)
-        write_summary(self._task, rows, self._model.ndim)
-        report = self._job.output / REPORT
-        write_report(report, self._job, self._model, self._task, rows, len(self._items))
-        if self._task.measure:
-            yield from join_measurements_steps(self._task, entries)
-        return BatchReport(self._job, entries, len(self._skipped), report)

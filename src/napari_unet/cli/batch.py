@@ -31,8 +31,8 @@ from napari_unet.errors import Cancelled
 from napari_unet.steps import describe_seconds
 
 if TYPE_CHECKING:
-    from napari_unet.batch.folder import BatchProgress
     from napari_unet.batch.job import BatchJob
+    from napari_unet.batch.run import BatchProgress
 
 __all__ = ["batch"]
 

@@ -14,8 +14,8 @@ from napari_unet.widgets._batch_table import Row
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from napari_unet.batch.folder import BatchProgress, BatchReport
     from napari_unet.batch.job import BatchJob
+    from napari_unet.batch.run import BatchProgress, BatchReport
 
 INTERVAL = 0.05  # seconds between two steps
 PARTS = 10_000  # of the whole; bytes are too many for a progress bar

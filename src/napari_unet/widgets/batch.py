@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import napari.viewer
     from napari.qt.threading import GeneratorWorker
 
-    from napari_unet.batch.folder import BatchReport
     from napari_unet.batch.plan import Item
+    from napari_unet.batch.run import BatchReport
     from napari_unet.steps import Progress
     from napari_unet.widgets._batch_run import BatchStep
 
