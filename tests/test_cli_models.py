@@ -3,7 +3,8 @@
 from datetime import date, timedelta
 
 import pytest
-from cli_cases import call, hashes, threshold_model
+import torch
+from cli_cases import call, hashes, threshold_model, threshold_network
 
 from napari_unet.models.checkpoint import read_model
 
@@ -35,6 +36,24 @@ def test_in_and_out_again(run, file, library, tmp_path):
     assert run("export", "cells", "given").code == 4
     assert run("export", "cells", "given", "--overwrite").code == 0
     assert run("export", "nuclei", library).code == 4
+
+
+def test_a_program_is_converted_with_trust_only(run, library, tmp_path):
+    whole = tmp_path / "whole.pt"
+    torch.save({"epoch": 3, "network": threshold_network()}, whole)
+    refused = run("import", whole)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith("Error: whole.pt cannot be used. It asks for napari_")
+    assert refused.err.endswith(
+        "`napari-unet models import --trust` takes them out of it.\n"
+    )
+    assert hashes(library) == {}
+    result = run("import", whole, "--trust", "--name", "cells")
+    assert result == (0, "Imported as cells: 2D  object (objects)\n", "")
+    assert read_model(library / "cells.safetensors").network.config.depth == 1
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(whole.read_bytes()[:-9])
+    assert run("import", damaged, "--trust").err.count("is incomplete") == 1
 
 
 def test_rename_remove_restore(run, file, library):

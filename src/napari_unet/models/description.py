@@ -25,6 +25,7 @@ _SCORES = {
     "held_out_mean_ap": "mean AP",
     "held_out_dice": "Dice",
     "F1@0.5": "F1",
+    "AP@0.5": "AP50",
 }
 
 

@@ -152,6 +152,17 @@ class Passport(_Record):
         return told
 
 
+# What is shown of the scores on held-out images, the first that there is; their names
+# are those of the bundled models and of fine-tuning.
+_SCORES = {
+    "held_out_ap50": "AP",
+    "AP@0.5": "AP",
+    "held_out_f1_50": "F1",
+    "F1@0.5": "F1",
+    "held_out_mean_ap": "mean AP",
+    "held_out_dice": "Dice",
+    "IoU": "IoU",
+}
 _COLORS = ("#000000", "#4daf4a", "#e41a1c", "#377eb8", "#ff7f00", "#984ea3")
 
 
@@ -249,8 +260,10 @@ class Model:
         elif passport.object_diameter is not None:
             parts.append(f"objects of about {passport.object_diameter:.0f} pixels")
         scores = passport.history[-1].scores if passport.history else {}
-        if "held_out_ap50" in scores:
-            parts.append(f"AP\N{NO-BREAK SPACE}{scores['held_out_ap50']:.2f}")
+        for key, word in _SCORES.items():
+            if key in scores:
+                parts.append(f"{word}\N{NO-BREAK SPACE}{scores[key]:.2f}")
+                break
         return " · ".join(parts)
 
     def rescaling(self, pixel_size: dict[str, float]) -> tuple[float, ...] | None:
