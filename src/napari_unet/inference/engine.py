@@ -165,8 +165,8 @@ class Predictor:
         self._grid_region = self._grid.region(self._wanted)
         shape = [part.stop - part.start for part in self._grid_region]
         tile_shape = self._given_tile_shape
-        if tile_shape is None and self._fixed is not None:
-            tile_shape = self._fixed.tile_shape(shape)
+        if self._fixed is not None:
+            tile_shape = self._fixed.tile_shape(self._grid_region)
         elif tile_shape is None:
             budget = self._shared.backend.max_input_pixels
             tile_shape = choose_tile_shape(shape, self.field, budget)
@@ -175,9 +175,6 @@ class Predictor:
                 f"tile_shape={tile_shape} does not name {self.model.ndim} "
                 f"positive sides for {self.source.spatial}."
             )
-        elif self._fixed is not None:
-            largest = self._fixed.tile_shape(shape)
-            tile_shape = [min(n, m) for n, m in zip(tile_shape, largest, strict=True)]
         longest = self._shared.longest_side or max(tile_shape)
         self.tile_shape = tuple(
             round_up(min(n, longest), self.field.alignment) for n in tile_shape
@@ -190,7 +187,7 @@ class Predictor:
             halo = round_up(max(self.field.halo), self.field.alignment)
             overlap = (halo,) * self.model.ndim
             if self._fixed is not None:
-                overlap = self._fixed.margins
+                overlap = self._fixed.overlaps
             self._overlap = tuple(
                 min(n, side // 2)
                 for n, side in zip(overlap, self.tile_shape, strict=True)

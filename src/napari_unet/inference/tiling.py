@@ -160,18 +160,22 @@ def centred_input_box(
     tile : Tile
         What is wanted of the output; not larger than that.
     config : ProgramConfig
-        With a ``fixed_shape``.
+        With a ``fixed_shape``; its ``alignment`` is the grid of the starts.
 
     Returns
     -------
     start, stop, offset : tuple of int
         As `input_box` gives them; what is more than needed lies on both sides.
     """
-    shape, shrink = config.fixed_shape or (), config.shrink
-    spare = [(n - m) // 2 for n, m in zip(shape, tile.shape, strict=True)]
-    starts = [a - n for a, n in zip(tile.start, spare, strict=True)]
+    starts, grid = [], config.alignment
+    for a, b, side in zip(tile.start, tile.stop, config.output_shape, strict=True):
+        first = a // grid * grid
+        spare = side - (b - first)
+        starts.append(first - spare // 2 // grid * grid - config.shrink)
+    shape = config.fixed_shape or ()
     stops = [a + n for a, n in zip(starts, shape, strict=True)]
-    return tuple(starts), tuple(stops), tuple(n - shrink for n in spare)
+    offset = [a - b - config.shrink for a, b in zip(tile.start, starts, strict=True)]
+    return tuple(starts), tuple(stops), tuple(offset)
 
 
 def mirror_indices(start: int, stop: int, size: int) -> NDArray[np.intp]:

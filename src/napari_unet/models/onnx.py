@@ -186,7 +186,6 @@ def _with_fixed_shape(
     return replace(
         config,
         num_classes=channels,
-        alignment=1,
         minimum=1,
         fixed_shape=shape,
         shrink=shrink // 2,

@@ -36,11 +36,11 @@ class ProgramConfig:
     ndim : 2 or 3
         Spatial dimensions.
     alignment : int
-        Legal sides are multiples of it.
+        Tiles start at multiples of it, and legal sides are such.
     minimum : int
         The smallest legal side.
     fixed_shape : tuple of int or None
-        The only legal sides, where there is one choice only.
+        The only legal sides, where there is but one choice.
     shrink : int
         Pixels that the output lacks on each side; only with ``fixed_shape``.
     halo : int
@@ -122,14 +122,46 @@ class ProgramConfig:
         return tuple(side - 2 * self.shrink for side in self.fixed_shape or ())
 
     @property
-    def margins(self) -> tuple[int, ...]:
-        """Overlap of the tiles of a network of one shape; as much again is context."""
-        return tuple(min(self.halo, side // 8) for side in self.output_shape)
+    def _contexts(self) -> tuple[int, ...]:
+        """What a network of one shape spares of its output on each side."""
+        grid = self.alignment
+        halo = -(-self.halo // grid) * grid
+        return tuple(min(halo, side // 8 // grid * grid) for side in self.output_shape)
 
-    def tile_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the tiles of a network of one shape, for an image of some sides."""
-        sides = zip(shape, self.output_shape, self.margins, strict=True)
-        return tuple(m if n <= m else m - 4 * margin for n, m, margin in sides)
+    @property
+    def overlaps(self) -> tuple[int, ...]:
+        """By how much the tiles of a network of one shape are extended on each side.
+
+        As much as their context, but a step of the grid also where that is none.
+        """
+        least = self.alignment if self.halo else 0
+        return tuple(
+            max(context, least if side >= 4 * least else 0)
+            for context, side in zip(self._contexts, self.output_shape, strict=True)
+        )
+
+    def tile_shape(self, region: Sequence[slice]) -> tuple[int, ...]:
+        """Return the tiles of a network of one shape, for a part of an image.
+
+        Parameters
+        ----------
+        region : sequence of slice
+            Start and stop along each axis.
+
+        Returns
+        -------
+        tuple of int
+            All that it gives where that is enough; else multiples of the alignment,
+            such that overlap and context fit.
+        """
+        tiles, grid = [], self.alignment
+        for part, side, overlap, context in zip(
+            region, self.output_shape, self.overlaps, self._contexts, strict=True
+        ):
+            is_one = part.stop - part.start // grid * grid <= side
+            rest = (side - 2 * overlap - 2 * context) // grid * grid
+            tiles.append(side if is_one else max(rest, 1))
+        return tuple(tiles)
 
     def check_turned(self, is_turned: bool) -> None:
         """Raise `BadInput` if tiles would be turned that have to lie as they are."""
@@ -149,7 +181,9 @@ class ProgramConfig:
         """Rebuild a configuration; raise `BadModel` on what it cannot be."""
         unknown = set(values) - {field.name for field in fields(cls)}
         settings = values.get("settings", {})
-        if unknown or not isinstance(settings, dict):
+        if not isinstance(settings, dict):
+            raise BadModel("The settings of its network are damaged. Get it again.")
+        if unknown:
             raise BadModel(
                 f"The network configuration has unknown entries {sorted(unknown)}; "
                 "the file was probably written by a newer napari-unet. Update it."
