@@ -91,12 +91,12 @@ def load_model(name_or_path: str | Path) -> Model:
     if path is not None:
         return read_model(path)
     path = Path(name_or_path).expanduser()
-    if not path.suffix and len(path.parts) == 1 and not path.exists():
-        raise _unknown(str(name_or_path), " or the path of a checkpoint")
     if is_package(path):
         from napari_unet.models.bioimageio import import_package
 
         return import_package(path)
+    if not path.suffix and len(path.parts) == 1 and not path.is_file():
+        raise _unknown(str(name_or_path), " or the path of a checkpoint")
     return read_model(path)
 
 

@@ -7,7 +7,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from napari_unet.errors import BadInput
 from napari_unet.steps import Progress
@@ -26,19 +26,10 @@ def is_url(source: object) -> bool:
     return bool(_URL.match(str(source)))
 
 
-class _OnlyHttp(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
-    ) -> Any:
-        if not is_url(newurl):
-            raise urllib.error.URLError(f"it leads to {newurl[:80]}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def open_url(url: str) -> BinaryIO:
     """Open an address, or say in words why that fails."""
     try:
-        # Another opener than urlopen's, which also reads local files.
+        # Not urlopen's, which also reads local files.
         opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler,
@@ -46,7 +37,7 @@ def open_url(url: str) -> BinaryIO:
             urllib.request.HTTPSHandler,
             urllib.request.HTTPDefaultErrorHandler,
             urllib.request.HTTPErrorProcessor,
-            _OnlyHttp,
+            urllib.request.HTTPRedirectHandler,
         ):
             opener.add_handler(handler())
         request = urllib.request.Request(url, headers={"User-Agent": "napari-unet"})
