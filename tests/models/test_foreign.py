@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hostile_networks import hostile_networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from originals import (
@@ -23,6 +24,7 @@ from originals import (
     TorchEM,
     Walkthrough,
 )
+from test_safety import child_of
 from torch import nn
 
 from napari_unet.errors import BadModel
@@ -215,6 +217,16 @@ WRAPPERS = {
         "state_dict": {f"model.{n}": t for n, t in ema_of(s).items()}
         | {f"ema_model.{n}": t for n, t in s.items()}
     },
+    "ema": lambda s: {"model": ema_of(s), "ema": s, "updates": 9},
+    "ema with counters": lambda s: {
+        "model": ema_of(s),
+        "model_ema": {"module": s, "decay": 0.99},
+    },
+    "online and averaged": lambda s: (
+        {f"online_model.{n}": t for n, t in ema_of(s).items()}
+        | {f"ema_model.{n}": t for n, t in s.items()}
+        | {"initted": torch.tensor(True), "step": torch.tensor(5)}
+    ),
     "half precision": lambda s: {
         n: t.half().double() if t.is_floating_point() else t for n, t in s.items()
     },
@@ -234,7 +246,7 @@ def test_wrappers(name, container, tmp_path):
         difference = (model.network(image) - network(image)).abs().max()
     assert difference < (0.1 if name == "half precision" else 1e-5)
     assert ("averaged copy" in model.passport.description) == (
-        name in ("last and averaged", "averaged in one dict")
+        name.startswith(("ema", "last and", "averaged in", "online and"))
     )
 
 
@@ -403,6 +415,26 @@ def test_whatever_is_wrong_is_told_in_words(name):
         with contextlib.suppress(BadModel):
             model = recognise(wrong)
             model.network(torch.zeros(1, model.network.config.in_channels, 16, 16))
+
+
+def test_networks_that_cannot_be_cost_little(tmp_path):
+    """One child reads them all; it has to survive that, too."""
+    good = tmp_path / "good.pt"
+    torch.save(Milesial(1, 2).state_dict(), good)
+    paths = []
+    for name, state in hostile_networks():
+        paths.append(tmp_path / f"{name}.pt")
+        torch.save({n: t.clone() for n, t in state.items()}, paths[-1])
+    with child_of("load_model", tmp_path) as tell:
+        baseline = tell(good)
+        answers = [tell(path) for path in paths]
+    assert "read" in baseline
+    for answer in answers:
+        assert answer.get("refused", "").endswith("."), answer
+        assert len(answer["refused"]) < 1500
+        assert answer["seconds"] < 2, answer
+        assert answer["peak"] - baseline["peak"] < 200 << 10, answer
+        assert not answer["done"]
 
 
 def test_other_kinds_of_networks_are_called_by_their_name():

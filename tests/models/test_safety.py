@@ -185,8 +185,18 @@ def test_what_is_no_file(tmp_path):
         read_checked(tmp_path)
     with pytest.raises(BadModel, match=r"No such file.* Check the path\."):
         read_checked(tmp_path / "missing.pt")
+    (tmp_path / "gone.pt").symlink_to(tmp_path / "missing.pt")
+    (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+    for name in ("gone.pt", "loop.pt"):
+        with pytest.raises(
+            BadModel, match=r"Cannot read the checkpoint.*Check the path"
+        ):
+            read_checked(tmp_path / name)
     if not hasattr(os, "mkfifo"):
         return
+    (tmp_path / "endless.pt").symlink_to("/dev/zero")
+    with pytest.raises(BadModel, match=r"not a regular file.* Check the path\."):
+        read_checked(tmp_path / "endless.pt")
     os.mkfifo(tmp_path / "pipe.pt")
     with pytest.raises(BadModel, match=r"not a regular file.* Check the path\."):
         read_checked(tmp_path / "pipe.pt")
