@@ -1,9 +1,6 @@
 """Images of any size into arrays that are written in parts."""
 
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,27 +291,3 @@ def test_memory_that_runs_out_is_told(monkeypatch):
     monkeypatch.setattr(stitch, "components", fail)
     with pytest.raises(OutOfMemory, match="Close other programs"):
         ticks_of(noise(40, 40), tiny_model())
-
-
-# --- memory ------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-@pytest.mark.parametrize(
-    ("block_side", "small", "large"),
-    [(0, (50, 200, 200), (500, 200, 200)), (64, (64, 128, 128), (512, 128, 128))],
-    ids=["planes", "volume"],
-)
-def test_memory_does_not_depend_on_the_size(block_side, small, large, tmp_path):
-    children = []
-    for shape in (small, large):
-        folder = tmp_path / str(shape[0])
-        folder.mkdir()
-        command = [Path(__file__).with_name("child_memory.py"), folder, block_side]
-        command = [sys.executable, *map(str, [*command, *shape])]
-        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-    (low, few), (high, many) = (c.communicate()[0].split() for c in children)
-    assert int(many) > 5 * int(few) > 0
-    assert float(high) < 1.1 * float(low)
-    # Nothing but the labels is left.
-    assert [path.name for path in tmp_path.glob("*/*")] == ["labels", "labels"]

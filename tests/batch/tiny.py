@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from napari_unet.models.model import ClassInfo, Model, Passport
-from napari_unet.models.normalize import Normalization
 from napari_unet.network.unet import UNet
 
 
@@ -32,27 +31,6 @@ def tiny_model(*kinds: str, ndim: int = 2, **passport) -> Model:
     model = Model(network.eval())
     update = {"classes": passport_of(*kinds).classes, **passport}
     return Model(network, model.passport.model_copy(update=update))
-
-
-def bright_model(ndim: int = 2, threshold: float = 0.5) -> Model:
-    """A network made by hand, the cheapest there is: bright pixels are objects."""
-    options = {"depth": 1, "base_channels": 1, "convs_per_level": 1, "norm": None}
-    network = UNet(1, 1, ndim=ndim, **options)
-    centre = (0, 0, *[1] * ndim)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.zero_()
-        network.encoder[0][0].weight[centre] = 1
-        network.decoder[0][0].weight[centre] = 1  # the skip connection
-        network.head.weight.fill_(20)
-        network.head.bias.fill_(-20 * threshold)
-    passport = passport_of("objects").model_copy(
-        update={
-            "channels": ("grey",),
-            "normalization": Normalization(method="fixed", lower=0, upper=4000),
-        }
-    )
-    return Model(network.eval(), passport)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
