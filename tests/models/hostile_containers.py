@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 
 import numpy as np
+from hostile_onnx import hostile_onnx
 from hostile_pickles import FOUR, state_dict, tensor, torch_zip
 
 GOOD = state_dict(tensor())
@@ -210,3 +211,4 @@ def hostile_containers():
     yield from archives()
     yield from headers()
     yield from others()
+    yield from hostile_onnx()
