@@ -499,6 +499,23 @@ def test_settings_survive_json():
     assert TrainingStep(1, 2).scores is None
 
 
+def test_what_got_its_name_meanwhile_stays(tmp_path):
+    from napari_unet import load_model, save_model
+    from napari_unet.steps import run_to_end
+
+    annotation = Annotation(*discs(0), regions=[np.array([[0, 0], [0, 63], [63, 63]])])
+    project = save_project(tmp_path / "project", [annotation], QUICK, name="mine")
+    save_model(tiny(), project / BASE_FILE)
+    others = save_model(tiny(), tmp_path / "mine")
+    save_model(tiny(), tmp_path / "mine-2")
+    before = others.read_bytes()
+    path = run_to_end(fine_tune_project_steps(project, others))
+    assert path.name == "mine-3.safetensors"
+    assert others.read_bytes() == before
+    assert load_model(path).passport.name == "mine-3"
+    assert load_model(path).passport.history
+
+
 def test_in_a_process_of_its_own(tmp_path):
     from napari_unet import load_model, save_model
     from napari_unet.steps import in_child

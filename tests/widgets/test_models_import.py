@@ -17,7 +17,12 @@ from qtpy.QtWidgets import QApplication, QFileDialog, QMessageBox
 from tune_desk import weak_model
 
 from napari_unet.models.checkpoint import save_model
-from napari_unet.models.library import library_dir, list_models
+from napari_unet.models.library import (
+    find_model,
+    import_model,
+    library_dir,
+    list_models,
+)
 from napari_unet.widgets._models_import import is_address
 
 BEFORE = ["bright", "mine", "nuclei"]
@@ -173,3 +178,24 @@ def test_an_address_is_fetched_when_the_user_says_so(models_desk, shared_data, q
     (new,) = set(list_models()) - set(BEFORE)
     assert desk.tree.chosen == new
     assert "Check its facts below" in desk.status
+
+
+def test_a_training_does_not_replace_what_was_imported_meanwhile(tune_desk, tmp_path):
+    on = tune_desk()
+    on.add_cells()
+    on.annotate()
+    on.dock._options.steps.value, on.dock._options.every.value = 6, 3
+    file = save_model(weak_model(), tmp_path / "given")
+    on.train()
+    on.wait_for_step()
+    import_model(file, "weak-mine")
+    before = find_model("weak-mine").read_bytes()
+    on.wait_until(lambda: on.dock._learning.has_result)
+    on.wait_until(lambda: not on.dock._learning.is_running)
+    assert find_model("weak-mine").read_bytes() == before
+    assert "'weak-mine-2' is in the library" in on.status
+    assert "Another 'weak-mine' has come there" in on.status
+    on.dock._learning.outcome.use.click()
+    assert on.session.source == "weak-mine-2"
+    assert on.session.model.passport.name == "weak-mine-2"
+    assert on.stopped.isHidden()

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from napari_unet.errors import BadModel
+from napari_unet.files.atomic import bad_output
 from napari_unet.inference.backends import choose_device
 from napari_unet.models.checkpoint import model_sha256, save_model
-from napari_unet.models.library import load_model
+from napari_unet.models.library import SUFFIX, load_model
 from napari_unet.models.model import Model, TrainingRecord
 from napari_unet.network.unet import UNet
 from napari_unet.steps import run_to_end
@@ -229,7 +230,8 @@ def fine_tune_project_steps(
     folder : path
         Of the project.
     output : path
-        Of the new model; written at the end, atomically.
+        Of the new model; written at the end, atomically. A file that is there by then
+        stays: the new one gets a number.
     resume : bool, optional
         Go on from the snapshot in the folder if there is one.
     view : View, optional
@@ -252,9 +254,36 @@ def fine_tune_project_steps(
         resume=resume,
         view=view,
     )
-    path = save_model(better, output)
+    path = _save_new(better, output)
     snapshot.unlink(missing_ok=True)
     return path
+
+
+def _save_new(model: Model, output: Path) -> Path:
+    """Write a model beside what has got its name during the training."""
+    number, path = 1, output.with_name(f"{output.name.removesuffix(SUFFIX)}{SUFFIX}")
+    while not _reserve(path):
+        number += 1
+        path = path.with_name(f"{output.name.removesuffix(SUFFIX)}-{number}{SUFFIX}")
+    if number > 1:
+        update = {"name": path.name.removesuffix(SUFFIX)}
+        model = Model(model.network, model.passport.model_copy(update=update))
+    try:
+        return save_model(model, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _reserve(path: Path) -> bool:
+    """Make an empty file, and tell whether none was there."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise bad_output(path, error) from error
+    return True
 
 
 def _load_base(folder: str | Path, project: Project) -> Model:

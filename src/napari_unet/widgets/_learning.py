@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from napari_unet.training.settings import View
     from napari_unet.widgets._image_chooser import ImageChooser
     from napari_unet.widgets._session import Session
-    from napari_unet.widgets._training import Begin, LiveStep, Stopped
+    from napari_unet.widgets._training import Begin, LiveStep, NewModel, Stopped
 
 LOOK_INTERVAL = 300  # ms between two looks at what the user looks at
 
@@ -173,13 +173,15 @@ class Learning(QWidget):
             self.say("Cancelled. The model is as it was.")
 
     @while_alive
-    def _on_result(self, model: Model) -> None:
-        self._new = model
-        self.outcome.offer(model)
+    def _on_result(self, new: NewModel) -> None:
+        wanted, self._name, self._new = self._name, new.name, new.model
+        self.outcome.offer(new.model)
         self._session.library_changed.emit("", self._name)
         took = describe_seconds(self.job.seconds)
-        words = f"Done in {took}. {self._name!r} is in the library."
-        self.say(" ".join([words, *self._notes]))
+        words = [f"Done in {took}. {self._name!r} is in the library."]
+        if wanted != self._name:
+            words.append(f"Another {wanted!r} has come there meanwhile, and stays.")
+        self.say(" ".join([*words, *self._notes]))
 
     @while_alive
     def _on_error(self, message: str) -> None:

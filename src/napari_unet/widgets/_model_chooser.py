@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QComboBox, QFileDialog, QHBoxLayout, QToolButton, QWidget
+from qtpy.QtWidgets import (
+    QComboBox,
+    QFileDialog,
+    QHBoxLayout,
+    QMenu,
+    QToolButton,
+    QWidget,
+)
 
 from napari_unet.models.library import list_models, load_model
 from napari_unet.steps import Progress
@@ -75,7 +82,20 @@ class ModelChooser(QWidget):
         self._list.setPlaceholderText("choose a model")
         browse = QToolButton()
         browse.setText("…")
-        browse.setToolTip("Open checkpoint…")
+        browse.setToolTip(
+            "Open checkpoint…\nThe arrow: a folder of bioimage.io or smp."
+        )
+        browse.setPopupMode(QToolButton.ToolButtonPopupMode.MenuButtonPopup)
+        browse.setMinimumWidth(browse.fontMetrics().horizontalAdvance("…") + 32)
+        menu = QMenu(browse)
+        for text, act in (
+            ("Checkpoint…", self._browse),
+            ("Folder…", self._browse_folder),
+        ):
+            action = menu.addAction(text)
+            assert action is not None
+            action.triggered.connect(act)
+        browse.setMenu(menu)
         row = QHBoxLayout(self)
         row.setContentsMargins(0, 0, 0, 0)
         row.addWidget(self._list, stretch=1)
@@ -136,7 +156,10 @@ class ModelChooser(QWidget):
     def _fill(self, wanted: str) -> None:
         """List the library, the files that were opened, and what is wanted."""
         models = list_models()
-        if wanted not in [*models, *self._files] and Path(wanted).is_file():
+        path = Path(wanted)
+        if wanted not in [*models, *self._files] and (
+            path.is_file() or (path.is_absolute() and path.is_dir())
+        ):
             self._files.append(wanted)
         self._list.clear()
         for name, path in models.items():
@@ -189,6 +212,11 @@ class ModelChooser(QWidget):
 
     def _browse(self) -> None:
         path, _ = QFileDialog.getOpenFileName(self, "Open checkpoint", "", CHECKPOINTS)
+        if path:
+            self.open_checkpoint(path)
+
+    def _browse_folder(self) -> None:
+        path = QFileDialog.getExistingDirectory(self, "Open a model's folder")
         if path:
             self.open_checkpoint(path)
 

@@ -22,7 +22,6 @@ from napari_unet.models.library import (
     load_model,
     plain_name,
 )
-from napari_unet.models.model import Model
 from napari_unet.steps import ChildSteps, Progress, in_child
 from napari_unet.training.fine_tune import fine_tune_project_steps
 from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, save_project_steps
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from napari_unet.models.model import Model
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.settings import TrainingSettings
 
@@ -52,6 +52,22 @@ class LiveStep(TrainingStep):
     """A step with the outlines of what is previewed, and of what that is."""
 
     view: View | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class NewModel:
+    """What a training has made.
+
+    Parameters
+    ----------
+    name : str
+        In the library: another than was wanted if that was taken meanwhile.
+    model : Model
+        Better than what it started from, or as good.
+    """
+
+    name: str
+    model: Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +91,7 @@ class Begin:
     settings: TrainingSettings
 
 
-class LiveTraining(Generator[LiveStep, View | None, Model]):
+class LiveTraining(Generator[LiveStep, View | None, NewModel]):
     """Fine-tunes in a child process; the new model lands in the library.
 
     Annotations, base model and snapshots lie in a folder of their own until the
@@ -113,7 +129,7 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
 
     def _run(
         self, name: str, begin: Begin | None, view: View | None
-    ) -> Generator[LiveStep, View | None, Model]:
+    ) -> Generator[LiveStep, View | None, NewModel]:
         yield LiveStep(0, 1, "preparing")
         folder = trainings_dir() / name
         lock = hold(folder)
@@ -128,7 +144,7 @@ class LiveTraining(Generator[LiveStep, View | None, Model]):
             yield LiveStep(1, 1, "reading the new model")
             model = load_model(path)
             shutil.rmtree(folder, ignore_errors=True)
-            return model
+            return NewModel(path.name.removesuffix(SUFFIX), model)
         except (BadInput, BadModel):
             # It would not even begin again; what it has learnt is kept.
             if not self._learns:
@@ -236,9 +252,7 @@ def find_stopped_steps() -> Generator[Progress, None, Stopped | None]:
         try:
             steps = read_document(folder).settings.steps
             step = read_snapshot(folder / SNAPSHOT_FILE).snapshot.step
-            if folder.name not in list_models():
-                return Stopped(folder.name, step, steps)
-            discard_training(folder.name)
+            return Stopped(folder.name, step, steps)
         except BadInput:  # nothing to go on from
             discard_training(folder.name)
         finally:

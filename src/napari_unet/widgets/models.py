@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from napari.utils.notifications import show_error
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Model
 
 NAME = "Models"
+_OURS = "napari-unet model (*.safetensors)"
+_PACKAGE = "bioimage.io package (*.zip)"
 
 
 class ModelsWidget(Dock):
@@ -204,9 +207,15 @@ class ModelsWidget(Dock):
             missing or broken or ("It is in use." if in_use else ""),
             "Segment, Fine-tune and Batch go on with it.",
         )
-        _enable(self._import, self._work.busy, "Copy a checkpoint into the library.")
         _enable(
-            self._export, missing or broken, "Save it as a file, to pass it on or keep."
+            self._import,
+            self._work.busy,
+            "Copy a model of others into the library. Or drop it here.",
+        )
+        _enable(
+            self._export,
+            missing or broken,
+            "Save it as a file or as a bioimage.io package, to pass it on or keep.",
         )
         why_not = self._why_not_changed()
         _enable(self._name, why_not, "Type another name for it in the list (F2).")
@@ -253,19 +262,21 @@ class ModelsWidget(Dock):
                 QTimer.singleShot(0, self._show_form)
                 self._work.say(f"{name!r} is in the library. Check its facts below.")
 
-    def export_file(self, name: str, path: str) -> None:
-        """Copy a model out of the library, over a file that may be there.
+    def export_file(self, name: str, path: str, *, overwrite: bool = True) -> None:
+        """Copy a model out of the library.
 
         Parameters
         ----------
         name : str
             In the library.
         path : str
-            Of the file.
+            Of the file; a bioimage.io package if it ends in ``.zip``.
+        overwrite : bool
+            Whether a file that is there is replaced.
         """
         self._do(
             f"Exporting {name!r}",
-            lambda: export_model(name, path, overwrite=True),
+            lambda: export_model(name, path, overwrite=overwrite),
             lambda written: self._work.say(f"{name!r} was saved as {written}."),
         )
 
@@ -308,11 +319,16 @@ class ModelsWidget(Dock):
 
     def _browse_export(self) -> None:
         name = self._tree.chosen
-        path, _ = QFileDialog.getSaveFileName(
-            self, "Export", f"{name}.safetensors", "Models (*.safetensors)"
+        path, kind = QFileDialog.getSaveFileName(
+            self, "Export", f"{name}.safetensors", ";;".join((_OURS, _PACKAGE))
         )
-        if path:
-            self.export_file(name, path)
+        if not path:
+            return
+        wanted = Path(path)
+        if kind == _PACKAGE and wanted.suffix != ".zip":
+            wanted = Path(path.removesuffix(".safetensors") + ".zip")
+        # Only what the dialog has asked about is replaced.
+        self.export_file(name, str(wanted), overwrite=wanted == Path(path))
 
     def _rename(self, old: str, new: str) -> None:
         idle = not self._work.busy  # else its file may be being written
