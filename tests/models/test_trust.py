@@ -290,7 +290,8 @@ def test_consent_changes_nothing_for_plain_files(tmp_path):
 def test_the_order_of_the_tensors_survives_the_child(tmp_path):
     """Networks without names are recognised by it."""
     network = randomise(Nameless())
-    torch.save(network, tmp_path / "nameless.pt")
+    traced = torch.jit.trace(network, torch.zeros(1, 1, 32, 32))
+    traced.save(tmp_path / "nameless.pt")
     checked = run_to_end(convert_steps(tmp_path / "nameless.pt"))
     assert_state(checked.tensors, network.state_dict())
     assert "by the order" in recognise(checked.tensors).passport.description

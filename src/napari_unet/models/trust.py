@@ -158,6 +158,7 @@ def _start(path: Path, folder: Path, limits: Limits) -> subprocess.Popen[bytes]:
             f"{path.name} has {size >> 30} GB, more than any U-Net ({MAX_FILE >> 30} "
             "GB at most). Choose a checkpoint of one network."
         )
+    # It is read, made plain, made tensors, taken apart and written.
     memory = limits.memory + 4 * size
     places = {"HOME": str(folder), "TMPDIR": str(folder), "TEMP": str(folder)}
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
