@@ -10,6 +10,7 @@ import numpy as np
 from desk import intensity_model, spots
 from PIL import Image
 from qtpy.QtCore import Qt
+from qtpy.QtGui import QTextDocument
 from qtpy.QtWidgets import QFileDialog
 from tune_desk import weak_model
 
@@ -282,6 +283,22 @@ def test_removing_the_base_of_a_new_network_changes_nothing(tune_desk):
     chooser.choose("", 3)
     desk.session.library_changed.emit("weak", "")
     assert chooser.new_ndim == 3
+
+
+def test_long_words_of_a_passport_go_on_in_the_next_line(models_desk):
+    desk = models_desk()
+    address = "https://doi.org/10.1007/978-3-319-24574-4_28/" + "x" * 60
+    desk.form._citation.setText(address)
+    desk.click("Save facts")
+    desk.work()
+    assert address in desk.passport.replace("\u200b", "")
+    label = desk.dock._passport.text
+    label.resize(300, 1000)
+    text = QTextDocument()
+    text.setDefaultFont(label.font())
+    text.setHtml(label.text())
+    text.setTextWidth(300)
+    assert text.idealWidth() <= 300
 
 
 def test_pictures_of_others_are_no_danger():

@@ -8,6 +8,7 @@ import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from models_desk import bright_milesial
@@ -22,7 +23,9 @@ from napari_unet.models.library import (
     import_model,
     library_dir,
     list_models,
+    load_model,
 )
+from napari_unet.sample import nuclei
 from napari_unet.widgets._models_import import is_address
 
 BEFORE = ["bright", "mine", "nuclei"]
@@ -178,6 +181,60 @@ def test_an_address_is_fetched_when_the_user_says_so(models_desk, shared_data, q
     (new,) = set(list_models()) - set(BEFORE)
     assert desk.tree.chosen == new
     assert "Check its facts below" in desk.status
+
+
+def test_a_package_that_runs_as_it_is(models_desk, shared_data, monkeypatch):
+    """An ONNX network of bioimage.io: imported, corrected, used, segmented."""
+    for library in ("bioimageio.spec", "onnxruntime"):
+        pytest.importorskip(library)
+    folder = shared_data / "checkpoints" / "bioimageio_unet2d_nuclei_broad"
+    desk = models_desk()
+    image, kwargs, _ = nuclei()[0]
+    desk.viewer.add_image(image, **kwargs)
+    monkeypatch.setattr(QFileDialog, "getExistingDirectory", lambda *_: str(folder))
+    desk.import_by("Folder…")
+    desk.work()
+    assert desk.tree.chosen == "UNet 2D Nuclei Broad"
+    desk.see()
+    assert " objects " in desk.dock._preview.status.text()
+    desk.form._threshold.setValue(0.6)
+    desk.click("Save facts")
+    desk.work()
+    assert "threshold 0.6" in desk.passport
+    desk.click("Use")
+    desk.work()
+    job = desk.segment._job
+    desk.qtbot.waitUntil(job.start.isEnabled)
+    job.start.click()
+    desk.qtbot.waitUntil(lambda: "nuclei objects" in desk.viewer.layers, timeout=60_000)
+    assert 30 < len(np.unique(desk.viewer.layers["nuclei objects"].data)) < 100
+    # The other docks open it from where it is, too.
+    desk.segment._chooser.open_checkpoint(str(folder))
+    desk.work()
+    assert desk.chosen == desk.session.source == str(folder)
+
+
+def test_a_package_is_exported_by_the_dialog(models_desk, tmp_path, monkeypatch):
+    pytest.importorskip("bioimageio.spec")
+    desk = models_desk()
+    asked = tmp_path / "out.safetensors", "bioimage.io package (*.zip)"
+    answer = (str(asked[0]), asked[1])
+    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *_: answer)
+    written = tmp_path / "out.zip"
+    written.write_bytes(b"somebody else's")
+    desk.click("Export…")
+    desk.work()
+    assert "exists already" in desk.status  # the dialog has not asked about that
+    assert written.read_bytes() == b"somebody else's"
+    written.unlink()
+    desk.click("Export…")
+    desk.work()
+    assert desk.status == f"'bright' was saved as {written}."
+    desk.dock.import_file(str(written))
+    desk.work()
+    again, before = load_model(desk.tree.chosen), load_model("bright")
+    assert again.network.config == before.network.config
+    assert again.passport.classes == before.passport.classes
 
 
 def test_a_training_does_not_replace_what_was_imported_meanwhile(tune_desk, tmp_path):

@@ -60,7 +60,8 @@ _DAMAGED = "Get the file again."
 _ONE_LIST = Lock()
 _CONSENT = (
     "Ask for the weights alone: torch.save(model.state_dict(), 'weights.pt'). If you "
-    "trust whoever made it, `napari-unet models import --trust` takes them out of it."
+    "trust whoever made it, Import… in the Models dock or `napari-unet models import "
+    "--trust` takes them out of it."
 )
 
 

@@ -162,7 +162,7 @@ def _colours(regions: Sequence[str]) -> DirectLabelColormap:
     cycle = label_colormap(_COLOURS + 1).colors
     colours: dict[int | None, Any] = {None: (0, 0, 0, 0), 0: (0, 0, 0, 0)}
     for number in range(1, _COLOURS + 1):
-        red, green, blue = cycle[number][:3] / cycle[number][:3].max()  # none is dark
+        red, green, blue = 0.3 + 0.7 * cycle[number][:3]  # none is dark
         if number <= len(regions):
             text = regions[number - 1]
             red, green, blue = (int(text[i : i + 2], 16) / 255 for i in (1, 3, 5))

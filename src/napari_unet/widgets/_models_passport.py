@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from napari_unet.models.family import Entry
 
 THUMBNAIL = 64  # pixels on the screen
+_LONG_WORD = 18  # letters
 _MAX_PICTURE = 1024  # pixels that a thumbnail may have at most
 
 
@@ -54,10 +56,19 @@ class PassportView(QWidget):
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     cells = "".join(
         f"<tr><td style='padding-right: 8px'><b>{escape(title)}</b></td>"
-        f"<td>{escape(text)}</td></tr>"
+        f"<td>{escape(_breakable(text))}</td></tr>"
         for title, text in rows
     )
     return f"<table>{cells}</table>"
+
+
+def _breakable(text: str) -> str:
+    """Let addresses and the like go on in the next line; Qt would cut them off."""
+    return re.sub(
+        rf"\S{{{_LONG_WORD},}}",
+        lambda word: re.sub(rf"(\W|_|\w{{{_LONG_WORD}}})", "\\1\u200b", word[0]),
+        text,
+    )
 
 
 def decode_picture(thumbnail: str) -> QPixmap | None:

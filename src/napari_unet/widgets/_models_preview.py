@@ -13,6 +13,7 @@ from napari_unet.errors import BadInput, BadModel, UnetError
 from napari_unet.inference.instances import ObjectSettings, label_classes
 from napari_unet.inference.predict import predict_steps
 from napari_unet.inference.segment import Found, foreground
+from napari_unet.inference.source import open_source
 from napari_unet.models.checkpoint import read_model
 from napari_unet.models.model import Model
 from napari_unet.steps import Progress
@@ -219,11 +220,11 @@ class FactsPreview(QWidget):
     ) -> Generator[Progress, None, Seen]:
         self.image.offer_channels(loaded)
         model = Model(loaded.network, self._facts())
-        self.image.check(model)
+        image, axes, channels = self.image.engine_input()
+        open_source(image, model, axes, channels)  # says in words what does not fit
         view = self._view(model)
         if view is None:
             raise BadInput("The canvas shows nothing of the image: move it there.")
-        image, axes, channels = self.image.engine_input()
         self._asked, self._pending = _key(view), view
         if self._seen is None:
             self._say("Looking at the image …", keep=True)
