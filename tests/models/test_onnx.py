@@ -91,6 +91,14 @@ def test_a_last_sigmoid_or_softmax_is_seen(last, classes, trained):
     assert told.network.config.outputs == "logits"
 
 
+def test_sigmoids_that_do_not_exclude_each_other_are_told_of(trained):
+    content = unet_file(network_of(trained, num_classes=3), last="Sigmoid")
+    said = import_onnx(content, "cells").passport.description
+    assert (
+        "do not exclude each other; the first one is taken for the background" in said
+    )
+
+
 def test_convolutions_without_padding_need_a_fixed_size():
     nodes = [node("Conv", ["x", "w"], ["y"])]
     weights = [tensor("w", np.ones((1, 1, 5, 5), np.float32))]

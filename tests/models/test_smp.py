@@ -11,6 +11,7 @@ from napari_unet.models.checkpoint import model_sha256, read_header, save_model
 from napari_unet.models.library import import_model, load_model
 from napari_unet.models.safety import read_checked
 from napari_unet.models.smp import prefix_of
+from napari_unet.network.program import ProgramConfig, build_program
 
 # Encoder, keyword arguments: one of each family that is told by its layers.
 FAST = [
@@ -212,6 +213,21 @@ def test_a_wrong_config(changes, expected, unet, tmp_path):
     with pytest.raises(BadModel, match=expected) as caught:
         load_model(tmp_path)
     assert len(str(caught.value)) < 600
+
+
+def test_a_forged_config_of_ours_claims_no_memory(unet, tmp_path):
+    unet("resnet18").save_pretrained(tmp_path)
+    network = load_model(tmp_path).network
+    tensors = network.state_dict()
+    for channels, expected in (
+        ([4096] * 5, "not the widths"),
+        ([256, 128, 64, 32], "do not fit its network|cannot make its network"),
+        (3, "not one of a Unet"),
+    ):
+        told = network.config.to_dict()
+        told["settings"]["decoder_channels"] = channels
+        with pytest.raises(BadModel, match=expected):
+            build_program(ProgramConfig.from_dict(told), tensors)
 
 
 def test_a_config_that_cannot_be_read_is_done_without(unet, tmp_path):

@@ -24,6 +24,7 @@ _TRIAL_MEMORY = 2 << 30  # bytes
 _TRIAL_SIDE = {2: 64, 3: 32}
 _OPEN_SIDE = {2: 256, 3: 64}  # where only some sides of the input are fixed
 _ALIGNMENTS = (16, 32, 64)  # tried where that of the layers turns out too small
+_ACTIVATIONS = ("Sigmoid", "HardSigmoid", "Softmax")  # that make probabilities
 _ADVICE = "Export it again, or ask for its PyTorch weights."
 
 
@@ -72,7 +73,7 @@ def import_onnx(
     result, others = _result(session, image)
     taken = replace(graph, outputs=[result.name])
     geometry = follow(taken, image.name)
-    told: Outputs = "probabilities" if taken.gives_probabilities else "logits"
+    told: Outputs = "probabilities" if taken.last in _ACTIVATIONS else "logits"
     config = ProgramConfig(
         kind="onnx",
         in_channels=image.channels,
@@ -92,7 +93,7 @@ def import_onnx(
         config = _with_legal_sides(config, weights, is_known=alignment is not None)
     network = OnnxProgram(config, weights).eval()
     passport = default_passport(network).model_copy(
-        update={"name": name, "description": _description(config, others)}
+        update={"name": name, "description": _description(config, others, taken.last)}
     )
     return Model(network, passport)
 
@@ -257,7 +258,7 @@ def _try(
     return given.shape[1], given.shape[2:]
 
 
-def _description(config: ProgramConfig, others: int) -> str:
+def _description(config: ProgramConfig, others: int, last: str) -> str:
     """Say what was recognised on what grounds, and what is not known."""
     ins, outs = config.in_channels, config.num_classes
     sentences = [
@@ -269,6 +270,11 @@ def _description(config: ProgramConfig, others: int) -> str:
         sentences.append(f"{others} other outputs of it are not used.")
     if config.outputs == "probabilities":
         sentences.append("Its outputs are probabilities already.")
+        if outs > 1 and "Sigmoid" in last:
+            sentences.append(
+                "They do not exclude each other; the first one is taken for the "
+                "background."
+            )
     else:
         kind = "sigmoid" if outs == 1 else "softmax"
         sentences.append(f"A {kind} makes probabilities of its outputs.")

@@ -73,13 +73,13 @@ class Graph:
     outputs: list[str] = field(default_factory=list)
 
     @property
-    def gives_probabilities(self) -> bool:
-        """Whether a sigmoid or softmax comes last."""
+    def last(self) -> str:
+        """The operator that makes the output, copies left aside."""
         made_by = {name: node for node in self.nodes for name in node.outputs}
         node = made_by.get(self.outputs[0]) if self.outputs else None
         while node is not None and node.kind in ("Identity", "Cast"):
             node = made_by.get(node.inputs[0])
-        return node is not None and node.kind in ("Sigmoid", "Softmax", "HardSigmoid")
+        return "" if node is None else node.kind
 
 
 def read_graph(data: bytes | bytearray) -> Graph:

@@ -163,12 +163,19 @@ def import_onnxruntime() -> ModuleType:
 
 
 def _limit_memory(onnxruntime: ModuleType, memory: int) -> None:
-    """Give the next session a store of memory that has an end."""
+    """Give the next session a store of memory that has an end.
+
+    An onnxruntime that cannot replace a store (before 1.23) keeps the first one.
+    """
     kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     info = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
     as_requested = 1  # its growth: no more than is asked for
     limits = {"max_mem": memory, "arena_extend_strategy": as_requested}
-    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(limits))
+    try:
+        onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(limits))
+    except Exception as error:  # onnxruntime's own, of no common base
+        if "already" not in str(error):
+            raise
 
 
 def open_session(graph: bytes, device: str = "cpu", memory: int | None = None) -> Any:

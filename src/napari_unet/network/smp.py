@@ -52,6 +52,16 @@ class SmpProgram(Program):
         cls, config: ProgramConfig, tensors: dict[str, Tensor]
     ) -> SmpProgram:
         """Make it of its ``state_dict``."""
+        _check_settings(config)
+        for index, width in enumerate(config.option("decoder_channels", ())):
+            # Before memory is taken for it: a forged config may claim gigabytes.
+            first = tensors.get(f"network.decoder.blocks.{index}.conv1.0.weight")
+            if first is None or first.ndim != 4 or len(first) != width:
+                raise BadModel(
+                    f"Its decoder has not the widths that its configuration says "
+                    f"({str(width)[:20]} in block {index + 1}). The file is damaged or "
+                    "mislabelled."
+                )
         program = cls(config)
         wanted = program.state_dict()
         for name, tensor in tensors.items():
@@ -103,6 +113,26 @@ def import_smp() -> ModuleType:
 
 def _build(config: ProgramConfig) -> Any:
     """Build the network, with weights to be replaced, and without downloading any."""
+    _check_settings(config)
+    unet = import_smp().Unet
+    try:
+        with torch.random.fork_rng(devices=[]):  # it draws what is replaced
+            return unet(
+                **dict(config.settings),
+                encoder_weights=None,
+                in_channels=config.in_channels,
+                classes=config.num_classes,
+            )
+    except Exception as error:  # whatever its parts raise
+        raise BadModel(
+            "segmentation_models_pytorch cannot make its network with the encoder "
+            f"{config.option('encoder_name')!r}: {_short(error)}. Install the version "
+            "that wrote the file."
+        ) from error
+
+
+def _check_settings(config: ProgramConfig) -> None:
+    """Raise `BadModel` unless they are plain, bounded and name nothing elsewhere."""
     settings = dict(config.settings)
     encoder = settings.get("encoder_name")
     channels = settings.get("decoder_channels", ())
@@ -113,20 +143,6 @@ def _build(config: ProgramConfig) -> Any:
             "Its configuration is not one of a Unet of segmentation_models_pytorch: "
             f"{str(settings)[:200]}. Get the file again."
         )
-    unet = import_smp().Unet
-    try:
-        with torch.random.fork_rng(devices=[]):  # it draws what is replaced
-            return unet(
-                **settings,
-                encoder_weights=None,
-                in_channels=config.in_channels,
-                classes=config.num_classes,
-            )
-    except Exception as error:  # whatever its parts raise
-        raise BadModel(
-            "segmentation_models_pytorch cannot make its network with the encoder "
-            f"{encoder!r}: {_short(error)}. Install the version that wrote the file."
-        ) from error
 
 
 def _are_widths(value: Any) -> bool:
