@@ -21,9 +21,10 @@ import zarr
 from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.results import write_results, writing
 from napari_unet.batch.volume import BLOCK_PIXELS, segment_into_steps
-from napari_unet.errors import BadModel, BadOutput, UnetError
+from napari_unet.errors import BadInput, BadModel, BadOutput, UnetError
 from napari_unet.files.atomic import bad_output, make_scratch, remove_scratch
 from napari_unet.files.images import ImageFile, read_image
+from napari_unet.files.members import list_members, state_of
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.steps import Progress
@@ -187,6 +188,7 @@ def compute_steps(
     try:
         shape = predictor.output_shape
         if math.prod(shape if item.probabilities else shape[1:]) > LAZY_VALUES:
+            _check_output(task)
             with writing(task.internal):
                 scratch = make_scratch(task.internal)
         axes = _label_axes(image)
@@ -231,6 +233,19 @@ def _noting_steps(
             yield step
 
 
+def _check_output(task: Task) -> None:
+    """Refuse to make a folder anew that was there when the batch began."""
+    if task.internal == task.output:  # of single images, whose folder may be new
+        return
+    try:
+        task.internal.stat()
+    except OSError as error:
+        raise BadOutput(
+            f"{task.output} was removed while the batch wrote into it, and what was "
+            "done with it. Start the batch again, or choose another output."
+        ) from error
+
+
 def _label_axes(image: ImageFile) -> str:
     return "".join(axis for axis in image.axes if axis not in "CS")
 
@@ -273,6 +288,8 @@ def finish(
     if task.measure:
         outputs.append(task.measurements(item.name))
     try:
+        _check_output(task)
+        _check_unchanged(item)
         with writing(item.labels.parent):
             write_results(done, axes, model, task, check)
     finally:
@@ -304,6 +321,15 @@ def finish(
         found=done.found.describe() + where,
         notes=done.notes,
     )
+
+
+def _check_unchanged(item: Item) -> None:
+    """Refuse to write what was made of other pixels than the image has now."""
+    if item.state != (0, 0) and state_of(list_members(item.image)) != item.state:
+        raise BadInput(
+            f"{item.image} was changed or removed while the batch ran. Leave the "
+            "images alone until it has ended, and resume it (--resume)."
+        )
 
 
 def _below(path: Path, folder: Path) -> str:

@@ -179,7 +179,9 @@ class Run:
             raise self._with_what_is_kept(error) from error
 
     def _with_what_is_kept(self, error: UnetError) -> UnetError:
-        """Add to what has ended a batch how to go on."""
+        """Add to what has ended a batch how to go on, if anything is left of it."""
+        if not self._journal.path.exists():
+            return error
         entries = self._entries
         names = [item.name for item in self._items if item.name in entries]
         done = sum(entries[name].status == "done" for name in names)
