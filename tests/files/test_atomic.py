@@ -175,6 +175,16 @@ def test_sweep_deletes_only_what_dead_processes_left(tmp_path):
     assert sweep(tmp_path / "missing") == []
 
 
+@posix
+def test_sweep_deletes_what_a_process_left_that_nobody_has_buried(tmp_path):
+    """Where a batch runs as the first process of a container, its workers stay so."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        stale = tmp_path / f".a.tif.{atomic._host()}-{dead.pid}.{'0' * 32}.part"
+        stale.touch()
+        assert sweep(tmp_path) == [stale]
+
+
 def test_sweep_deletes_abandoned_folders_and_gives_old_ones_their_name_back(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -331,9 +331,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def _is_abandoned(part: Path, pid: int) -> bool:
     """Tell whether the process that made a temporary file is gone."""
     try:
-        # A younger process of the same number is not the owner. The margin is for
-        # the resolution of the clocks.
-        return bool(psutil.Process(pid).create_time() > part.stat().st_mtime + 60)
+        process = psutil.Process(pid)
+        # One that has ended keeps its number until its parent has noticed. A younger
+        # process of the same number is not the owner; the margin is for the
+        # resolution of the clocks.
+        is_over = process.status() == psutil.STATUS_ZOMBIE
+        return is_over or bool(process.create_time() > part.stat().st_mtime + 60)
     except psutil.NoSuchProcess:
         return True
     except (psutil.Error, OSError):
