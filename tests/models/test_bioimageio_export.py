@@ -347,6 +347,16 @@ def test_what_cannot_be_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_networks_that_run_as_they_are_cannot_be_rebuilt(tmp_path, shared_data):
+    pytest.importorskip("onnxruntime")
+    folder = shared_data / "checkpoints" / "bioimageio_unet2d_nuclei_broad"
+    model = import_package(folder)
+    with pytest.raises(BadModel, match="ONNX network, which runs as it is"):
+        export_package(model, tmp_path / "a.zip")
+    saved = read_model(save_model(model, tmp_path / "a"))
+    assert saved.passport == model.passport
+
+
 def test_a_changed_passport_or_config_in_a_package_is_refused(tmp_path):
     export_package(make("default"), tmp_path / "a.zip")
     content, files = opened(tmp_path / "a.zip")

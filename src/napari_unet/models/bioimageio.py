@@ -123,7 +123,7 @@ def _model_steps(
         try:
             network = yield from _network_steps(package, info, kind, folder, trust)
             how, note = normalization_of(source, network.config.in_channels)
-            yield Progress(0, 0, "trying the package's own test")
+            yield Progress(0, 1, "trying the package's own test")
             return _tested(package, info, Model(network), how, after, note)
         except BadModel as error:
             problems.append(error)

@@ -155,36 +155,40 @@ def is_package(source: str | Path) -> bool:
     path = Path(source)
     try:
         if path.is_dir():
-            return _description_in([entry.name for entry in path.iterdir()]) != ""
+            return bool(_descriptions([entry.name for entry in path.iterdir()]))
         if path.suffix.lower() in (".yaml", ".yml"):
             return path.is_file()
         with path.open("rb") as file:
             if file.read(4) != b"PK\3\4":
                 return False
-            return _description_in(_members(file)) != ""
+            return bool(_descriptions([m.filename for m in _directory(file)]))
     except (BadModel, *_READ_ERRORS):
         return False
 
 
-def _description_in(names: list[str]) -> str:
-    """Return the name of the description among those of a package, "" if none is.
-
-    Raises
-    ------
-    BadModel
-        If there are several.
-    """
+def _descriptions(names: list[str]) -> list[str]:
+    """Return those names of a package's files that may be its description's."""
     for wanted in NAMES:
         if wanted in names:
-            return wanted
+            return [wanted]
     ends = tuple(f".{name}" for name in NAMES)
-    found = [name for name in names if name.endswith(ends) and "/" not in name]
+    return sorted(name for name in names if name.endswith(ends) and "/" not in name)
+
+
+def _description_in(names: list[str]) -> str:
+    """Return the name of the description among those of a package's files."""
+    found = _descriptions(names)
+    if not found:
+        raise BadModel(
+            "It is no bioimage.io package: it holds no bioimageio.yaml or rdf.yaml. "
+            "Choose another file."
+        )
     if len(found) > 1:
         raise BadModel(
-            f"It has several descriptions ({', '.join(sorted(found)[:5])}). Name one "
-            "of these files."
+            f"It has several descriptions ({', '.join(found[:5])}). Name one of these "
+            "files."
         )
-    return found[0] if found else ""
+    return found[0]
 
 
 def open_steps(
@@ -236,10 +240,7 @@ def open_package(path: Path) -> Iterator[Package]:
     """
     try:
         if path.is_dir():
-            found = _description_in([entry.name for entry in path.iterdir()])
-            if not found:
-                raise BadModel(f"{path.name} holds no bioimageio.yaml or rdf.yaml.")
-            path = path / found
+            path /= _description_in([entry.name for entry in path.iterdir()])
         if path.suffix.lower() not in (".yaml", ".yml"):
             with _open_zip(path, path.name) as package:
                 yield package
@@ -272,11 +273,6 @@ def _open_zip(path: Path, title: str) -> Iterator[Package]:
         with path.open("rb") as file:
             names = _members(file)
             found = _description_in(names)
-            if not found:
-                raise BadModel(
-                    "It is no bioimage.io package: it holds no bioimageio.yaml or "
-                    "rdf.yaml. Choose another file."
-                )
             with zipfile.ZipFile(file) as archive:
 
                 def open_file(name: str) -> Any:
@@ -294,6 +290,28 @@ def _open_zip(path: Path, title: str) -> Iterator[Package]:
         raise BadModel(f"It is damaged ({_first_line(error)}). {_DAMAGED}") from error
 
 
+def _directory(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """Read the directory of a zip archive, unless it is larger than a package's."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - (1 << 16) - 42))
+    end = file.read()
+    place = end.rfind(b"PK\5\6")
+    if place < 0 or len(end) - place < 22:
+        raise BadModel(f"It is incomplete: its end is missing. {_DAMAGED}")
+    count, length = struct.unpack("<HI", end[place + 10 : place + 16])
+    is_wide = end[max(0, place - 20) :].startswith(b"PK\6\7")  # has other numbers
+    if is_wide or count > _MAX_MEMBERS or length > 512 * _MAX_MEMBERS:
+        raise BadModel(
+            f"It holds more than {_MAX_MEMBERS} files or {MAX_FILE >> 30} GB. Choose "
+            "the package of one model."
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+    except _READ_ERRORS as error:
+        raise BadModel(f"Its directory is damaged. {_DAMAGED}") from error
+
+
 def _members(file: BinaryIO) -> list[str]:
     """Check the directory of a zip archive; return the names of its files.
 
@@ -303,21 +321,8 @@ def _members(file: BinaryIO) -> list[str]:
         If it is damaged, or a member is a link, encrypted, there twice, has a name
         that leads elsewhere, or takes much more room than the archive.
     """
+    members = _directory(file)
     size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - (1 << 16) - 22))
-    end = file.read()
-    place = end.rfind(b"PK\5\6")
-    if place < 0 or len(end) - place < 22:
-        raise BadModel(f"It is incomplete: its end is missing. {_DAMAGED}")
-    count, length = struct.unpack("<HI", end[place + 10 : place + 16])
-    if count > _MAX_MEMBERS or length > 512 * _MAX_MEMBERS:
-        raise BadModel(
-            f"It holds more than {_MAX_MEMBERS} files. Choose the package of one model."
-        )
-    try:
-        members = zipfile.ZipFile(file).infolist()
-    except _READ_ERRORS as error:
-        raise BadModel(f"Its directory is damaged. {_DAMAGED}") from error
     seen: set[str] = set()
     for member in members:
         name = member.filename
@@ -343,7 +348,7 @@ def _open_web(path: Path, url: str, title: str) -> Iterator[Package]:
     """Open the package whose downloaded YAML names files beside it on the web."""
     content = read_yaml(path.open("rb"))
 
-    def open_file(name: str) -> BinaryIO:
+    def open_file(name: str) -> Any:
         return open_url(urljoin(url, quote(name)))
 
     yield Package(title, content, open_file)

@@ -7,7 +7,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from napari_unet.errors import BadInput
 from napari_unet.steps import Progress
@@ -26,7 +26,7 @@ def is_url(source: object) -> bool:
     return bool(_URL.match(str(source)))
 
 
-def open_url(url: str) -> BinaryIO:
+def open_url(url: str) -> Any:
     """Open an address, or say in words why that fails."""
     try:
         # Not urlopen's, which also reads local files.
@@ -41,7 +41,7 @@ def open_url(url: str) -> BinaryIO:
         ):
             opener.add_handler(handler())
         request = urllib.request.Request(url, headers={"User-Agent": "napari-unet"})
-        opened: BinaryIO = opener.open(request, timeout=_TIMEOUT)
+        return opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:
             raise BadInput(
@@ -53,17 +53,17 @@ def open_url(url: str) -> BinaryIO:
             f"{url[:200]} cannot be reached ({_reason(error)}). Check the address "
             "and the network, or download the package in a browser and choose the file."
         ) from error
-    return opened
 
 
 def download_steps(url: str, path: Path) -> Generator[Progress, None, None]:
-    """Download a file whole, with progress in MB."""
+    """Download a file whole, with progress in kB."""
+    yield Progress(0, 1, "connecting")
     with open_url(url) as stream, path.open("wb") as file:
-        length = getattr(stream, "length", None)  # None where the server tells none
         size, told = 0, time.monotonic()
-        total = length or 0
+        total = stream.length or 0  # where the server tells it
         try:
-            while chunk := stream.read(1 << 16):
+            # What has come, so that a slow server does not hold up a cancel.
+            while chunk := stream.read1(1 << 16):
                 size += file.write(chunk)
                 if size > MAX_DOWNLOAD:
                     raise BadInput(
@@ -72,8 +72,9 @@ def download_steps(url: str, path: Path) -> Generator[Progress, None, None]:
                     )
                 if time.monotonic() - told > 0.2:
                     told = time.monotonic()
-                    done, all_ = size >> 20, max(total, size) >> 20
-                    yield Progress(done, all_, f"downloading, {done} of {all_} MB")
+                    of = f" of {total / 1e6:.1f}" if total else ""
+                    message = f"downloading, {size / 1e6:.1f}{of} MB"
+                    yield Progress(size >> 10, max(total, size, 1024) >> 10, message)
         except (OSError, http.client.HTTPException) as error:
             raise _incomplete(url, size, total, error) from error
         if size < total:
