@@ -6,7 +6,9 @@ import time
 import numpy as np
 import psutil
 import pytest
+import tifffile
 import torch
+from cli_cases import call, write_image
 from onnx_files import unet_file
 
 from napari_unet.errors import BadInput, BadModel, OutOfMemory
@@ -190,3 +192,30 @@ def test_it_cannot_be_trained(network, image):
     with pytest.raises(BadModel, match="its layers cannot be changed"):
         _ = model.unet
     assert Model(network).untrainable_reason == ""
+
+
+def test_the_command_line(network, image, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+    file = tmp_path / "theirs.onnx"
+    file.write_bytes(unet_file(network, (96, 96)))
+    assert call(capsys, "models", "import", file).code == 0
+    told = call(capsys, "models", "info", "theirs")
+    assert "which runs as it is, for images of 96 x 96 pixels only" in told.out
+    plane = write_image(tmp_path / "images" / "cells.tif", image)
+    for model in ("theirs", file):
+        out = tmp_path / "out" / str(len(str(model)))
+        made = call(capsys, "segment", plane, "-m", model, "-o", out)
+        assert made.code == 0
+        assert tifffile.imread(out / "cells.tif").shape == image.shape
+    painted = (image > 1).astype(np.uint16)
+    labels = write_image(tmp_path / "labels" / "cells.tif", painted)
+    better = tmp_path / "better.safetensors"
+    parts = plane.parent, labels.parent, "-m", "theirs", "-o", better, "--steps", 1
+    refused = call(capsys, "train", *parts)
+    assert refused.code == 2
+    assert "its layers cannot be changed" in refused.err
+    assert not better.exists()
+    package = call(capsys, "models", "export", "theirs", tmp_path / "theirs.zip")
+    assert package.code == 2
+    assert "its layers cannot be changed" in package.err
+    assert not (tmp_path / "theirs.zip").exists()
