@@ -262,6 +262,17 @@ def test_a_real_checkpoint_of_others_finds_nuclei(models_desk, shared_data):
     desk.work()
     assert "Check its facts below" in desk.status
     assert "Not known" in desk.passport
+    desk.see()
+    layer, form = desk.viewer.layers["nuclei preview"], desk.form
+    right, method = layer.data.copy(), form._method.currentIndex()
+    form._method.setCurrentIndex(form._method.findData("mean_std"))
+    desk.see()
+    assert np.mean((layer.data > 0) != (right > 0)) > 0.2  # as wrong as can be
+    form._method.setCurrentIndex(method)
+    form._low.setValue(0)
+    form._high.setValue(100)
+    desk.see()
+    assert np.array_equal(layer.data, right)
     desk.form._classes[0][0].setText("nucleus")
     desk.form._channels[0].setText("DAPI")
     desk.form._diameter.setValue(20)

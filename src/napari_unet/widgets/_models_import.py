@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from napari_unet.widgets._models_work import WorkRow
 
+_LONGEST = 24  # letters of a name
+
 
 class ImportButton(QPushButton):
     """Asks for a file, a folder or an address.
@@ -263,5 +265,6 @@ class Importer(QObject):
 
 
 def short(source: str) -> str:
-    """Name a file, folder or address in a few words."""
-    return PurePath(source.rstrip("/")).name or source
+    """Name a file, folder or address so that it fits into a line."""
+    name = PurePath(source.rstrip("/")).name or source
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"

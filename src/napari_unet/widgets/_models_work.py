@@ -112,7 +112,7 @@ class WorkRow(QWidget):
             self.bar.setRange(0, step.total)
             self.bar.setValue(step.done)
         if step.message:
-            self.status.setText(f"{self.busy} {step.message}")
+            self.status.setText(f"{step.message[0].upper()}{step.message[1:]} …")
 
     @while_alive
     def _on_error(self, message: str) -> None:
