@@ -322,6 +322,19 @@ for number, config in enumerate(json.loads(sys.stdin.read())):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_network_that_is_being_trained(tmp_path):
+    """It is exported as it predicts, and goes on as it was."""
+    torch.manual_seed(0)
+    model = Model(UNet(depth=1, base_channels=2, dropout=0.5))
+    assert model.network.training
+    export_package(model, tmp_path / "a.zip")
+    assert model.network.training
+    again = import_package(tmp_path / "a.zip")
+    assert not again.network.training
+    for name, tensor in model.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name]), name
+
+
 def test_networks_of_others_with_their_own_widths(tmp_path):
     torch.manual_seed(0)
     model = recognise(Segmentify().state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import io
 import re
@@ -24,6 +25,7 @@ from napari_unet.models.bioimageio_processing import (
 from napari_unet.models.bioimageio_readme import readme
 from napari_unet.models.bioimageio_source import ENTRY, network_source
 from napari_unet.models.bioimageio_test import outputs_of
+from napari_unet.models.model import Model
 from napari_unet.models.plain_yaml import write_yaml
 from napari_unet.network.receptive_field import receptive_field
 
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from numpy.typing import NDArray
-
-    from napari_unet.models.model import Model
 
 _DESCRIPTION = "rdf.yaml"  # also older programs look for this one
 _UNET_DOI = "10.1007/978-3-319-24574-4_28"
@@ -81,13 +81,13 @@ def export_package(
     BadOutput
         If the file cannot be written.
     """
-    network = model.unet
+    # As it is used, whatever is done with it meanwhile.
+    network = copy.deepcopy(model.unet).cpu().eval()
+    model = Model(network, model.passport)
     spec = import_spec()
     sample = _test_input(model, image)
-    how = model.passport.normalization
-    result = outputs_of(model, how, sample)
-    one = network.config.num_classes == 1
-    output = result["sigmoid" if one else "softmax"]
+    outputs = outputs_of(model, model.passport.normalization, sample)
+    output = outputs["sigmoid" if network.config.num_classes == 1 else "softmax"]
     files = _files(model, sample, output)
     try:
         content = _describe(spec, model, files, authors, license)

@@ -154,8 +154,9 @@ def classes_named(
         names = names[1:]
     named = []
     for info, name in zip(others, names, strict=True):
-        known = {} if _NUMBERED.fullmatch(name.strip()) else {"name": name}
-        border = bool(_BORDER.search(name)) and len(others) > 1
+        alone = len(others) == 1
+        known = {} if alone and _NUMBERED.fullmatch(name.strip()) else {"name": name}
+        border = bool(_BORDER.search(name)) and not alone
         kind = "background" if border else info.kind
         named.append(info.model_copy(update={**known, "kind": kind}))
     found = [info for info in named if info.kind != "background"]
