@@ -82,6 +82,18 @@ def test_a_network_of_one_shape_takes_any_image(sides, network, image):
     np.testing.assert_allclose(found[:, 0], predict(image, model), atol=0.1)
 
 
+def test_parts_of_an_image_see_what_lies_around(network, image):
+    """As pieces of an image that is too large: they fit, but need their context."""
+    expected = predict(image, Model(network), device="cpu", precision="float32")
+    model = imported(network, (128, 128))
+    found = np.zeros_like(expected)
+    for rows in (slice(0, 75), slice(75, 150)):
+        for columns in (slice(0, 60), slice(60, 170)):
+            region = {"Y": rows, "X": columns}
+            found[:, rows, columns] = predict(image, model, region=region)
+    assert np.abs(found - expected).mean() < 1e-3
+
+
 def test_turned_tiles_of_one_shape(network, image):
     square = imported(network, (128, 128))
     plain = predict(image, Model(network), device="cpu", test_time_augmentation=True)

@@ -166,7 +166,7 @@ class Predictor:
         shape = [part.stop - part.start for part in self._grid_region]
         tile_shape = self._given_tile_shape
         if self._fixed is not None:
-            tile_shape = self._fixed.tile_shape(self._grid_region)
+            tile_shape = self._fixed.tile_shape(self._grid_region, self._grid.shape)
         elif tile_shape is None:
             budget = self._shared.backend.max_input_pixels
             tile_shape = choose_tile_shape(shape, self.field, budget)

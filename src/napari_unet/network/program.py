@@ -140,25 +140,32 @@ class ProgramConfig:
             for context, side in zip(self._contexts, self.output_shape, strict=True)
         )
 
-    def tile_shape(self, region: Sequence[slice]) -> tuple[int, ...]:
+    def tile_shape(
+        self, region: Sequence[slice], image: Sequence[int]
+    ) -> tuple[int, ...]:
         """Return the tiles of a network of one shape, for a part of an image.
 
         Parameters
         ----------
         region : sequence of slice
             Start and stop along each axis.
+        image : sequence of int
+            Sides of the whole image.
 
         Returns
         -------
         tuple of int
-            All that it gives where that is enough; else multiples of the alignment,
-            such that overlap and context fit.
+            All that it gives where that is enough for the whole image, or for the
+            part with its context; else multiples of the alignment, such that overlap
+            and context fit.
         """
         tiles, grid = [], self.alignment
-        for part, side, overlap, context in zip(
-            region, self.output_shape, self.overlaps, self._contexts, strict=True
+        for part, size, side, overlap, context in zip(
+            region, image, self.output_shape, self.overlaps, self._contexts, strict=True
         ):
-            is_one = part.stop - part.start // grid * grid <= side
+            first = part.start // grid * grid
+            is_all = part.start == 0 and part.stop == size
+            is_one = part.stop - first + (0 if is_all else 2 * context) <= side
             rest = (side - 2 * overlap - 2 * context) // grid * grid
             tiles.append(side if is_one else max(rest, 1))
         return tuple(tiles)
