@@ -17,7 +17,13 @@ def main(count):
     import dask
     from distributed import LocalCluster
 
-    dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    dask.config.set(
+        {
+            "distributed.scheduler.allowed-failures": 0,
+            # A busy computer may take long to start a killed worker again.
+            "distributed.deploy.lost-worker-timeout": 600,
+        }
+    )
     with LocalCluster(
         n_workers=count,
         threads_per_worker=2,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from batch_cases import make_images, make_job, parts, results, run_well, unchanged
 from cli_cases import call, squares, write_image
+from distributed import Client
 from faulty_cluster import HERE
 
 from napari_unet.batch import cluster, scheduler
@@ -120,6 +121,26 @@ def test_killed_workers_change_nothing(place, reference):
     assert_tidy(place)
 
 
+@pytest.mark.parametrize("kind", ["tif", "ome.zarr"])
+def test_workers_killed_at_work_change_nothing(place, address, kind):
+    """All of them die while each is segmenting; both images are begun anew."""
+    job = make_job(place, format=kind, measure=True, probabilities=True)
+    run_well(job.model_copy(update={"output": place / "reference"}))
+    (place / "in" / "slow").touch()
+    steps = batch_steps(job, scheduler=address)
+    begun = wait_until_slow(steps)
+    with Client(address, set_as_default=False) as client:
+        for pid in client.run(os.getpid).values():
+            psutil.Process(pid).kill()
+    (place / "in" / "slow").unlink()
+    again = {step.name for step in steps if "reading" in step.message}
+    assert begun <= again
+    assert results(place / "out") == results(place / "reference")
+    lines = (place / "out" / "journal.jsonl").read_text().splitlines()
+    assert sum('"status": "done"' in line for line in lines) == 3
+    assert_tidy(place)
+
+
 def connections(process):
     try:
         found = process.net_connections("inet")
@@ -190,11 +211,14 @@ def test_other_versions_are_refused(place, address, monkeypatch):
 
 
 def wait_until_slow(steps):
-    """Let two images be in work."""
+    """Let two images be in work; return their names."""
     names = set()
+    deadline = time.monotonic() + 120
     while len(names) < 2:
+        assert time.monotonic() < deadline
         if "slowly" in (step := next(steps)).message:
             names.add(step.name)
+    return names
 
 
 def test_cancel(place, address):
@@ -259,6 +283,39 @@ def test_a_killed_client_leaves_nothing_that_writes(place, address):
     assert not list((place / "out" / INTERNAL).glob("model-*"))
     assert not run_to_end(steps).failed
     (place / "in" / "slow").unlink()
+    assert_tidy(place)
+
+
+def test_two_runs_on_one_folder(place, address):
+    """The workers write, and the process that leads them holds the lock."""
+    (place / "in" / "slow").touch()
+    job = make_job(place)
+    with closing(batch_steps(job, scheduler=address)) as first:
+        wait_until_slow(first)
+        told = f"Another batch is writing into {job.output}; wait until it has ended"
+        for second in (None, address):
+            with pytest.raises(BadOutput, match=told):
+                run_to_end(batch_steps(job, resume=True, scheduler=second))
+        (place / "in" / "slow").unlink()
+        run_to_end(first)
+    assert run(job, address, resume=True).skipped == 3
+
+
+def test_a_killed_run_with_its_own_workers_does_not_block_the_next(place):
+    make_images(place / "in", 40)
+    job = make_job(place, format="ome.zarr")
+    command = [sys.executable, "-m", "napari_unet", "batch", job.input, job.output]
+    options = ["-m", job.model, "--format", job.format, "--scheduler", "local:2"]
+    with subprocess.Popen([*command, *options]) as process:
+        journal = place / "out" / "journal.jsonl"
+        deadline = time.monotonic() + 120
+        while not (journal.exists() and '"status": "done"' in journal.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+    report = run_well(job, resume=True)
+    assert 0 < report.skipped < 40
+    run_well(job, resume=True)  # sweeps what its workers left when they ended
     assert_tidy(place)
 
 
@@ -341,18 +398,17 @@ def test_each_gpu_has_a_process(monkeypatch):
     assert seen() == ["5", "GPU-ab"]
 
 
-def test_a_file_that_runs_twice_is_written_twice(place, address):
+@pytest.mark.parametrize("kind", ["tif", "ome.zarr"])
+def test_a_file_that_runs_twice_is_written_twice(place, address, kind):
     """As when a worker is taken for dead."""
-    from distributed import Client
-
     from napari_unet.batch.folder import complete_job
     from napari_unet.batch.plan import plan_batch
     from napari_unet.batch.worker import segment_on_worker
     from napari_unet.models.library import load_model
 
-    run_well(make_job(place))
+    job = make_job(place, format=kind)
+    run_well(job)
     before = results(place / "out")
-    job = make_job(place)
     model = load_model(job.model)
     task = task_of(complete_job(job, model), model)
     item = plan_batch(job)[2]
@@ -364,7 +420,7 @@ def test_a_file_that_runs_twice_is_written_twice(place, address):
             client.submit(
                 segment_on_worker, 0, item, order, pure=False, key=f"twice{i}"
             )
-            for i in range(6)
+            for i in range(12)
         ]
         entries = [replace(f.result(), seconds=0) for f in twice]
     assert len(set(map(repr, entries))) == 1

@@ -233,6 +233,17 @@ def _noting_steps(
             yield step
 
 
+def _written_size(path: Path) -> int:
+    """Return the size of what was written, which may just be replaced by the same.
+
+    A worker that was taken for dead does that: the folder has no name for a moment.
+    """
+    deadline = time.monotonic() + 5
+    while (size := size_of(path)) < 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return size
+
+
 def _check_output(task: Task) -> None:
     """Refuse to make a folder anew that was there when the batch began."""
     if task.internal == task.output:  # of single images, whose folder may be new
@@ -307,7 +318,7 @@ def finish(
         status="done",
         size=size,
         mtime_ns=mtime_ns,
-        outputs={_below(path, task.output): size_of(path) for path in outputs},
+        outputs={_below(path, task.output): _written_size(path) for path in outputs},
         seconds=round(done.seconds + time.perf_counter() - started, 3),
         objects=sum(done.found.objects) if "objects" in kinds else None,
         covered=sum(done.found.pixels[1:]) / sum(done.found.pixels),

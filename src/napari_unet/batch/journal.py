@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -244,11 +245,19 @@ class Journal:
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files of a folder; -1 if it is gone."""
-    try:
-        if path.is_dir():
-            sizes = (p.stat().st_size for p in path.rglob("*") if p.is_file())
-            return sum(sizes)
-        return path.stat().st_size
-    except OSError:
-        return -1
+    """Return the bytes of a file, or of all files of a folder; -1 if it is gone.
+
+    A folder that another process has replaced meanwhile is looked at again.
+    """
+    while True:
+        size = -1
+        try:
+            before = path.stat()
+            if not path.is_dir():
+                return before.st_size
+            with suppress(OSError):
+                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+            if os.path.samestat(before, path.stat()):
+                return size
+        except OSError:
+            return -1
