@@ -178,6 +178,7 @@ class FactsPreview(QWidget):
             self._seen = self._model = None  # gives their memory back
             self.status.setText("")
 
+    @while_alive
     def _on_taken_away(self) -> None:
         """Whoever removes the layer by hand wants no preview."""
         self.wanted.setChecked(False)
@@ -226,8 +227,7 @@ class FactsPreview(QWidget):
         if view is None:
             raise BadInput("The canvas shows nothing of the image: move it there.")
         self._asked, self._pending = _key(view), view
-        if self._seen is None:
-            self._say("Looking at the image …", keep=True)
+        self._say("Looking at the image …", keep=True)
         return preview_steps(
             self._seen,
             model,
