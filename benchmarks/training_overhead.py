@@ -24,9 +24,9 @@ import torch
 
 from napari_unet import Annotation, Model, TrainingSettings, UNet
 from napari_unet.inference.backends import choose_device
+from napari_unet.inference.executors import computes_bfloat16
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.fine_tune import fine_tune_steps
-from napari_unet.training.loop import computes_bfloat16
 from napari_unet.training.losses import cross_entropy
 from napari_unet.training.patches import Patches
 

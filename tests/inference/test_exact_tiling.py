@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from exact import predict, segment
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from whole_image import (
@@ -17,7 +18,6 @@ from whole_image import (
     trained_model,
 )
 
-from napari_unet import predict, segment
 from napari_unet.inference.instances import ObjectSettings, label_objects
 
 

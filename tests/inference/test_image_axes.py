@@ -6,9 +6,9 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
+from exact import predict, segment
 from whole_image import random_image, reference, trained_model
 
-from napari_unet import predict, segment
 from napari_unet.errors import BadInput
 from napari_unet.inference import source as source_module
 from napari_unet.models.normalize import Normalization

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
+from exact import predict, predict_steps, segment
 from whole_image import random_image, reference, trained_model
 
-from napari_unet import predict, segment
 from napari_unet.errors import BadInput
-from napari_unet.inference.predict import predict_steps
 from napari_unet.models.normalize import Normalization
 
 DTYPES = [

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from exact import predict, segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import draw
 from whole_image import EXAMPLES, random_image, trained_model
 
-from napari_unet import predict, segment
 from napari_unet.inference.instances import (
     ObjectSettings,
     label_classes,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from exact import predict, segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whole_image import (
@@ -14,7 +15,6 @@ from whole_image import (
     trained_model,
 )
 
-from napari_unet import predict, segment
 from napari_unet.inference.resample import Resampling, resample
 from napari_unet.models.model import Model
 

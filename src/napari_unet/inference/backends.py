@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
 
 from napari_unet.errors import BadInput, Cancelled
+from napari_unet.inference.executors import Idle
+from napari_unet.network.blocks import narrow
+from napari_unet.network.cropping import can_crop, cropping
 from napari_unet.network.program import Program, ProgramConfig
+from napari_unet.network.receptive_field import receptive_field
+from napari_unet.network.unet import UNetConfig
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from napari_unet.network.cropping import Span
     from napari_unet.network.program import Network
 
 Precision = Literal["auto", "float32"]
 DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# Pixels. Larger tiles are hardly faster on a CPU, but report progress less often.
+LARGEST_CPU_TILE = 1600**2
+
+_idle = Idle()
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Backend:
-    """A copy of a network, ready on a device.
+    """A network, ready on a device, for one prediction.
 
     Parameters
     ----------
@@ -130,7 +142,9 @@ class Backend:
     device : str
         Name of a working device.
     precision : "auto" or "float32"
-        "auto" is mixed precision on CUDA. "float32" also switches TF32 off.
+        "auto" computes with 16 bits where the device does so itself; where classes
+        are likelier by more than its rounding, they stay the same. "float32" also
+        switches TF32 off.
     """
 
     def __init__(self, network: Network, device: str, precision: Precision = "auto"):
@@ -139,105 +153,118 @@ class Backend:
                 f"There is no precision {precision!r}; choose 'auto' or 'float32'."
             )
         self.device = torch.device(device)
-        self.precision = precision
         self.config = network.config
         self._stop = threading.Event()
-        self._network: Network
-        if isinstance(network, Program):
-            self._network = network.on(self.device)
-        else:
-            self._network = copy.deepcopy(network).eval().to(self.device)
-        self._network.requires_grad_(False)
-        if self.config.ndim == 2:
-            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Between any two layers, so that a large tile on a slow CPU ends soon.
-        for module in self._network.modules():
-            if not list(module.children()):
-                module.register_forward_pre_hook(self._end_if_stopped)
+        self._running = threading.Lock()
+        self._key, self._executor = _idle.take(
+            network, self.device, precision == "auto"
+        )
+        self._shrink = receptive_field(self.config).shrink
 
-    def stop(self) -> None:
-        """Make a running `run` end with `Cancelled` at the next layer."""
+    @property
+    def title(self) -> str:
+        """What runs the network, and how precisely."""
+        return self._executor.title
+
+    def close(self) -> None:
+        """End what still runs, without waiting for it; keep the rest for the next."""
         self._stop.set()
-        if isinstance(self._network, Program):
-            self._network.stop()
-
-    def _end_if_stopped(self, module: nn.Module, inputs: Any) -> None:
-        if self._stop.is_set():
-            raise Cancelled("The computation was stopped.")
+        if self._running.acquire(blocking=False):
+            _idle.put(self._key, self._executor)
+            self._running.release()
+        else:
+            self._executor.stop()
 
     @torch.inference_mode()
-    def run(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(
+        self, image: NDArray[np.float32], keep: Sequence[Span] | None = None
+    ) -> NDArray[np.float32]:
         """Compute the probabilities of one tile.
 
         Parameters
         ----------
         image : float32 array of shape (channel, *spatial)
             Normalised, of legal sides.
+        keep : sequence of (int, int), optional
+            The part of the output that is wanted: start and stop along each axis.
 
         Returns
         -------
         float32 array of shape (class, *spatial)
             Softmax over the classes; sigmoid where there is one.
+
+        Raises
+        ------
+        Cancelled
+            If it was closed meanwhile.
         """
-        tensor = torch.from_numpy(np.ascontiguousarray(image))[None].to(self.device)
-        if tensor.ndim == 4:
-            tensor = tensor.to(memory_format=torch.channels_last)
-        kind = self.device.type
-        if kind != "cuda":
-            logits = self._network(tensor)
-        elif self.precision == "float32":
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                logits = self._network(tensor)
-        else:
-            half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-            with torch.autocast("cuda", dtype=half):
-                logits = self._network(tensor)
-        probabilities = self._to_probabilities(logits.float())
-        result: NDArray[np.float32] = probabilities[0].cpu().numpy()
+        image = np.ascontiguousarray(image)
+        config, crop = self.config, None
+        if keep and isinstance(config, UNetConfig) and can_crop(config):
+            crop = cropping(config, keep, image.shape[1:])
+        with self._running:
+            if self._stop.is_set():
+                raise Cancelled("The computation was stopped.")
+            output = self._executor.run(image, crop, self._stop)
+            if keep and crop is None:
+                output = narrow(output, keep)
+            probabilities = self._to_probabilities(output)
+            result: NDArray[np.float32] = probabilities[0].cpu().numpy()
         return result
 
-    def _to_probabilities(self, logits: Tensor) -> Tensor:
+    def _to_probabilities(self, output: Tensor) -> Tensor:
         config = self.config
         if isinstance(config, ProgramConfig) and config.outputs == "probabilities":
-            return logits
-        return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+            return output.clone()
+        return output.sigmoid() if output.shape[1] == 1 else output.softmax(dim=1)
 
-    def run_augmented(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run_augmented(
+        self, image: NDArray[np.float32], keep: Sequence[Span] | None = None
+    ) -> NDArray[np.float32]:
         """Average the probabilities over 8 flips and rotations in YX."""
-        turns = [self._run_turned(image, k, flip) for flip in (0, 1) for k in range(4)]
+        turns = [
+            self._run_turned(image, keep, k, flip) for flip in (0, 1) for k in range(4)
+        ]
         mean: NDArray[np.float32] = np.mean(turns, axis=0)
         return mean
 
     def _run_turned(
-        self, image: NDArray[np.float32], quarters: int, flip: int
+        self,
+        image: NDArray[np.float32],
+        keep: Sequence[Span] | None,
+        quarters: int,
+        flip: int,
     ) -> NDArray[np.float32]:
         """Predict a rotated and flipped tile, and turn the result back."""
         turned = np.rot90(image, quarters, axes=(-2, -1))
-        result = self.run(turned[..., ::-1] if flip else turned)
+        if keep:
+            sides = [side - 2 * self._shrink for side in image.shape[-2:]]
+            keep = _turned(keep, sides, quarters, flip)
+        result = self.run(turned[..., ::-1] if flip else turned, keep)
         return np.rot90(result[..., ::-1] if flip else result, -quarters, (-2, -1))
 
     @property
     def max_input_pixels(self) -> int:
         """Pixels of a tile, halo included, that fit comfortably into memory."""
+        each = self._executor.bytes_per_pixel
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            return max(1, int(0.6 * free) // self.bytes_per_pixel)
+            return max(1, int(0.6 * free) // each)
         available = int(psutil.virtual_memory().available)
-        # Larger tiles are not faster on a CPU, but report progress less often.
-        largest = 1400**2
-        return max(1, min(available // 3 // self.bytes_per_pixel, largest))
-
-    @property
-    def bytes_per_pixel(self) -> int:
-        """Estimated peak memory for each input pixel, in float32."""
-        config = self.config
-        width = config.base_channels
-        # At the end of the finest level live: the joined maps, a block's input
-        # and output, and the encoder's maps of the levels below.
-        maps = 6 * width + 2 * config.num_classes + config.in_channels
-        return 4 * maps
+        return max(1, min(available // 3 // each, LARGEST_CPU_TILE))
 
     def empty_cache(self) -> None:
-        """Give unused GPU memory back to the driver."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give unused memory back, after it ran out."""
+        self._executor.release()
+
+
+def _turned(
+    box: Sequence[Span], sides: Sequence[int], quarters: int, flip: int
+) -> list[Span]:
+    """Return where a box lies when its array is turned in YX, then flipped in X."""
+    *others, y, x = box
+    height, width = sides
+    for _ in range(quarters):
+        y, x = (width - x[1], width - x[0]), y
+        height, width = width, height
+    return [*others, y, (width - x[1], width - x[0]) if flip else x]

@@ -343,9 +343,8 @@ class Predictor:
         pixels = self._grid.read(source, scaling, unit, start, stop)
         backend = self._shared.backend
         run = backend.run_augmented if self._augment else backend.run
-        probabilities = run(pixels)
-        box = tuple(slice(o, o + n) for o, n in zip(offset, kept.shape, strict=True))
-        return kept, probabilities[(slice(None), *box)]
+        box = [(o, o + n) for o, n in zip(offset, kept.shape, strict=True)]
+        return kept, run(pixels, box)
 
     def _input_box(
         self, tile: Tile
@@ -396,6 +395,7 @@ class Predictor:
                 "use a smaller model."
             )
         waiting.appendleft(tile)
+        shared.backend.close()
         shared.backend = Backend(self.model.network, "cpu", self._precision)
         return f"Memory ran out on {device}; going on on the CPU, which is slower."
 
@@ -425,5 +425,5 @@ class Predictor:
 
     def close(self) -> None:
         """End everything that still runs, without waiting for it."""
-        self._shared.backend.stop()
+        self._shared.backend.close()
         self._shared.pool.shutdown(wait=False, cancel_futures=True)

@@ -13,6 +13,7 @@ import torch
 
 from napari_unet.errors import OutOfMemory, UnetError
 from napari_unet.inference.backends import is_out_of_memory
+from napari_unet.inference.executors import computes_bfloat16
 from napari_unet.inference.segment import segment_steps
 from napari_unet.training.losses import (
     binary_cross_entropy,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from napari_unet.training.settings import TrainingSettings
     from napari_unet.training.validation import Predicted
 
-__all__ = ["Training", "computes_bfloat16", "is_better", "learning_rate"]
+__all__ = ["Training", "is_better", "learning_rate"]
 
 Result = TypeVar("Result")
 Beats: TypeAlias = Generator[TrainingStep, View | None, Result]
@@ -357,17 +358,6 @@ def _or_none(
         return (yield from steps)
     except UnetError:
         return None
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Tell whether a device computes bfloat16 itself, about twice as fast."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        # torch has no public question for this.
-        asks = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return bool(asks())
-    return False
 
 
 def is_better(scores: dict[str, float], others: dict[str, float]) -> bool:

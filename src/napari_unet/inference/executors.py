@@ -1,0 +1,242 @@
+"""What runs a network: torch on any device, or OpenVINO on the CPU.
+
+An executor is made once for a network and kept for the next image, because to make
+one takes longer than to segment a small image.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import zlib
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from napari_unet.errors import Cancelled
+from napari_unet.inference.openvino_executor import OpenVinoExecutor, can_execute
+from napari_unet.network.folding import fold_norms, split_first, split_values
+from napari_unet.network.program import Program
+from napari_unet.network.unet import UNet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from napari_unet.network.cropping import Cropping
+    from napari_unet.network.program import Network
+
+__all__ = ["Executor", "Idle", "TorchExecutor", "computes_bfloat16", "make_executor"]
+
+
+class Executor(Protocol):
+    """A network that is ready to run; for one thread at a time."""
+
+    precision: str
+
+    @property
+    def title(self) -> str:
+        """What runs the network, and how precisely."""
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Estimated peak memory for each input pixel."""
+
+    def run(
+        self,
+        image: NDArray[np.float32],
+        cropping: Cropping | None,
+        stop: threading.Event,
+    ) -> Tensor:
+        """Compute what the network gives for a tile.
+
+        Parameters
+        ----------
+        image : float32 array of shape (channel, *spatial)
+            Normalised, C-contiguous, of legal sides.
+        cropping : Cropping or None
+            What is wanted of the output; everything if None.
+        stop : threading.Event
+            Ends the computation soon after it is set, with `Cancelled`.
+
+        Returns
+        -------
+        float32 Tensor of shape (1, class, *spatial)
+            Valid until the next run.
+        """
+
+    def release(self) -> None:
+        """Give back the memory that only a run needs."""
+
+    def stop(self) -> None:
+        """End a run whose ``stop`` is set and that does not look at it."""
+
+
+def make_executor(network: Network, device: torch.device, reduced: bool) -> Executor:
+    """Make the fastest executor that is there.
+
+    Parameters
+    ----------
+    network : UNet or Program
+        Left as it is.
+    device : torch.device
+        One that works.
+    reduced : bool
+        Whether 16-bit numbers may be used.
+    """
+    if device.type == "cpu" and isinstance(network, UNet):
+        if can_execute(network.config) and importlib.util.find_spec("openvino"):
+            return OpenVinoExecutor(network, torch.get_num_threads(), reduced)
+    return TorchExecutor(network, device, reduced)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device computes bfloat16 itself, about twice as fast."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        # torch has no public question for this.
+        asks = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return bool(asks())
+    return False
+
+
+class TorchExecutor:
+    """A network run by torch: batch norms folded, channels last, 16 bits where able.
+
+    Parameters
+    ----------
+    network : UNet or Program
+        Left as it is.
+    device : torch.device
+    reduced : bool
+        See `make_executor`. Without, TF32 is off, too.
+    """
+
+    def __init__(self, network: Network, device: torch.device, reduced: bool):
+        self._device, self._reduced = device, reduced
+        self._dtype = _reduced_type(network, device) if reduced else torch.float32
+        self.precision = str(self._dtype).removeprefix("torch.")
+        self._config = network.config
+        self._network: Network
+        self._splits = False
+        if isinstance(network, UNet):
+            folded = fold_norms(network)
+            self._splits = self._dtype.itemsize == 2 and split_first(
+                folded, self._dtype
+            )
+            folded.to(device, self._dtype)
+            if self._config.ndim == 2:
+                folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._network = folded
+        else:
+            self._network = network.on(device).requires_grad_(False)
+        self._stop = threading.Event()
+        # Between any two layers, so that a large tile on a slow CPU ends soon.
+        for module in self._network.modules():
+            if not list(module.children()):
+                module.register_forward_pre_hook(self._end_if_stopped)
+
+    def _end_if_stopped(self, module: nn.Module, inputs: Any) -> None:
+        if self._stop.is_set():
+            raise Cancelled("The computation was stopped.")
+
+    @property
+    def title(self) -> str:
+        """What runs the network, and how precisely."""
+        return f"torch, {self.precision}"
+
+    @property
+    def bytes_per_pixel(self) -> int:
+        """Estimated peak memory for each input pixel."""
+        config = self._config
+        # At the end of the finest level live: the joined maps, a block's input
+        # and output, and the encoder's maps of the levels below.
+        maps = 6 * config.base_channels + 2 * config.num_classes + config.in_channels
+        return self._dtype.itemsize * maps
+
+    @torch.inference_mode()
+    def run(
+        self,
+        image: NDArray[np.float32],
+        cropping: Cropping | None,
+        stop: threading.Event,
+    ) -> Tensor:
+        """See `Executor.run`."""
+        self._stop = stop
+        tensor = torch.from_numpy(image)[None].to(self._device)
+        if self._splits:
+            tensor = split_values(tensor, self._dtype)
+        tensor = tensor.to(self._dtype)
+        if tensor.ndim == 4:
+            tensor = tensor.to(memory_format=torch.channels_last)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self._reduced):
+            if isinstance(self._network, UNet):
+                result: Tensor = self._network(tensor, cropping)
+            else:
+                result = self._network(tensor)
+        return result.float()
+
+    def release(self) -> None:
+        """Give unused GPU memory back to the driver."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def stop(self) -> None:
+        """End a program; its executor is of no use any more."""
+        if isinstance(self._network, Program):
+            self._network.stop()
+
+
+def _reduced_type(network: Network, device: torch.device) -> torch.dtype:
+    """Return the fastest type that keeps what a network finds."""
+    # Rounding moves the maxima that unpooling looks for; a program may have reasons
+    # for its own types.
+    keeps = isinstance(network, UNet) and network.config.upsampling != "unpool"
+    if not keeps or device.type == "mps":
+        return torch.float32
+    if computes_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+class Idle:
+    """The executor that was used last, until the next image comes.
+
+    An executor is given to one user at a time: it is taken out, and put back when
+    nothing runs in it any more.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: Any = None
+        self._executor: Executor | None = None
+
+    def take(
+        self, network: Network, device: torch.device, reduced: bool
+    ) -> tuple[Any, Executor]:
+        """Return an executor of a network and the key under which to put it back."""
+        key = _key(network), str(device), reduced, torch.get_num_threads()
+        with self._lock:
+            executor, self._executor = self._executor, None
+            kept, self._key = self._key, None
+        if executor is None or kept != key:
+            del executor  # its memory, before that of the next
+            executor = make_executor(network, device, reduced)
+        return key, executor
+
+    def put(self, key: Any, executor: Executor) -> None:
+        """Keep an executor in which nothing runs, in place of the last."""
+        executor.release()
+        with self._lock:
+            self._key, self._executor = key, executor
+
+
+def _key(network: Network) -> Any:
+    """Return what changes with the weights of a network, also when it is trained."""
+    sums = tuple(
+        zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        for tensor in network.state_dict().values()
+    )
+    return network.config, sums
