@@ -185,6 +185,14 @@ def test_of_a_large_image_the_middle_of_the_view_is_seen(models_desk):
     part = image[2, 1, top : top + height, left : left + width]
     inside = np.s_[1:-1, 1:-1]
     assert np.array_equal(found(desk)[0][inside], (part > 50)[inside])
+    status = desk.dock._preview.status
+    camera.center = (0, 90_000, 90_000)
+    desk.qtbot.wait(100)
+    desk.form._high.setValue(90)
+    desk.qtbot.waitUntil(lambda: "shows nothing" in status.text(), timeout=20_000)
+    assert names(desk) == ["cells"]
+    camera.center = (0, 600, 700)
+    desk.qtbot.waitUntil(lambda: "cells preview" in names(desk), timeout=20_000)
 
 
 def test_volumes(models_desk):

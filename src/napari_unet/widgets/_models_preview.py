@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 DELAY = 300  # ms after the last change, and between two looks at the canvas
 PIXELS = 512 * 512  # that are segmented, on the image's grid and on the model's
+_NOTHING = "nothing is looked at"
 _FULL = 0.97  # of the pixels: more of them is rarely meant
 
 
@@ -225,6 +226,7 @@ class FactsPreview(QWidget):
         open_source(image, model, axes, channels)  # says in words what does not fit
         view = self._view(model)
         if view is None:
+            self._asked = _NOTHING  # what comes into view is something else
             raise BadInput("The canvas shows nothing of the image: move it there.")
         self._asked, self._pending = _key(view), view
         self._say("Looking at the image …", keep=True)
