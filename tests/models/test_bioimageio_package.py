@@ -1,5 +1,6 @@
 """Hostile, broken and remote packages: nothing runs, leaks or hangs."""
 
+import copy
 import http.server
 import io
 import pickle
@@ -19,7 +20,12 @@ from test_bioimageio_import import ZERO_MEAN, standard
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models import web
 from napari_unet.models.bioimageio import import_package, import_package_steps
-from napari_unet.models.bioimageio_package import is_package
+from napari_unet.models.bioimageio_description import describe_package
+from napari_unet.models.bioimageio_package import Package, is_package
+from napari_unet.models.bioimageio_processing import (
+    normalization_of,
+    postprocessing_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -363,3 +369,74 @@ def test_downloads_that_fail(good, tmp_path, monkeypatch):
         refused(f"{address}/good.zip", "no model needs", BadInput)
     refused(f"{address}/good.zip", "cannot be reached", BadInput)
     refused("https://", "cannot be reached", BadInput)
+
+
+# --- descriptions with anything anywhere ----------------------------------------
+
+JUNK = (
+    *(None, 0, -1, 10**30, 1e308, float("nan"), "", "x", "../../x", "http://[", True),
+    *([], {}, [[]], [None], {"id": "x"}, "é" * 1000, ["x", "y"]),
+)
+
+
+def places(value, place=()):
+    """All paths into nested dicts and lists."""
+    items = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, item in items:
+        yield (*place, key)
+        yield from places(item, (*place, key))
+
+
+def test_any_mistake_in_a_description_is_told_in_words(made, content):
+    content["inputs"][0]["preprocessing"].append({"id": "clip", "kwargs": {"min": 0.0}})
+    old = made.content_0_4(
+        [
+            {
+                "name": "zero_mean_unit_variance",
+                "kwargs": {"mode": "per_sample", "axes": "yx"},
+            }
+        ],
+        [{"name": "sigmoid"}],
+    )
+    random = np.random.default_rng(0)
+    fits = []
+    for base in (content, old):
+        found = list(places(base))
+        for number in range(200):
+            changed = copy.deepcopy(base)
+            *parents, key = found[random.integers(len(found))]
+            inner = changed
+            for parent in parents:
+                inner = inner[parent]
+            if number == 0:
+                pass  # as it is
+            elif random.random() < 0.2:
+                del inner[key]
+            else:
+                inner[key] = JUNK[random.integers(len(JUNK))]
+            try:
+                info = describe_package(Package("p", changed, io.BytesIO))
+            except (BadModel, BadInput) as error:
+                assert len(str(error)) < 800  # noqa: PT017
+                assert number
+            else:
+                fits.append(info)
+    assert fits
+    for info in fits:
+        for tensor in info.inputs:
+            with suppress(BadModel):
+                normalization_of(tensor, 1)
+        for tensor in info.outputs:
+            with suppress(BadModel):
+                postprocessing_of(tensor)
+
+
+def test_sizes_that_would_fill_the_memory(made):
+    content = made.content_0_4()
+    content["inputs"][0]["shape"][1] = 10**30
+    info = describe_package(Package("p", content, io.BytesIO))
+    assert len(info.inputs[0].axes[1].channels) <= 4096

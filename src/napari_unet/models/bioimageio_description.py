@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from napari_unet.models.bioimageio_package import Package
 
+MAX_CHANNELS = 4096  # of our networks, too
 _LETTERS = {"b": "batch", "c": "channel", "t": "time", "i": "index"}
 
 
@@ -168,7 +169,10 @@ def describe_package(package: Package) -> Description:
         what = str(content.get("type", "nothing known"))[:40]
         raise BadModel(f"It describes {what}, not a model. Choose a model's package.")
     with blind_context(spec):
-        descr = spec.build_description(content)
+        try:
+            descr = spec.build_description(content)
+        except Exception as error:  # some mistakes it does not expect itself
+            raise _invalid(str(error), content) from error
     if isinstance(descr, spec.InvalidDescr):
         raise _invalid(descr.get_reason(), content)
     if str(content.get("format_version", "")).startswith(("0.3", "0.4")):
@@ -306,7 +310,7 @@ def _axes_0_4(tensor: Any) -> tuple[Axis, ...]:
         kind: Any = _LETTERS.get(letter, "space")
         shape = tensor.shape if isinstance(tensor.shape, list | tuple) else ()
         count = shape[place] if kind == "channel" and shape else 0
-        names = tuple(f"channel {i + 1}" for i in range(count))
+        names = tuple(f"channel {i + 1}" for i in range(min(count, MAX_CHANNELS)))
         axes.append(Axis(kind, _LETTERS.get(letter, letter), names, halo=halo))
     return tuple(axes)
 
