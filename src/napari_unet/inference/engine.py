@@ -7,6 +7,7 @@ edges: it does not depend on the tile size.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -129,7 +130,7 @@ class Predictor:
             self.notes.append(fit.capitalize() + ".")
         self._grid = Grid.over(self.source.spatial_shape, factors)
         self._given_tile_shape = tile_shape
-        self._shared = _Shared(backend, ThreadPoolExecutor(2, "napari-unet"))
+        self._shared = _Shared(backend, ThreadPoolExecutor(3, "napari-unet"))
         try:
             self._set_tiles()
         except BaseException:
@@ -299,10 +300,17 @@ class Predictor:
         result = np.zeros((classes, *shape), dtype=np.float32)
         weight = np.zeros(shape, dtype=np.float32) if any(self._overlap) else None
         waiting = deque(self._tiles)
+        ahead: dict[Tile, Future[NDArray[np.float32]]] = {}
         while waiting:
             done = len(self._tiles) - len(waiting)
+            # The next tile is read while this one is computed.
+            ahead = {
+                tile: ahead.get(tile)
+                or self.submit(self._read, source, scaling, unit, tile)
+                for tile in itertools.islice(waiting, 2)
+            }
             tile = waiting.popleft()
-            computing = self.submit(self._predict, source, scaling, unit, tile)
+            computing = self.submit(self._predict, ahead.pop(tile), tile)
             out_of_memory = False
             try:
                 kept, probabilities = yield from self._heartbeats(
@@ -334,17 +342,23 @@ class Predictor:
             result /= weight
         return result
 
-    def _predict(
+    def _read(
         self, source: Source, scaling: Scaling, unit: Mapping[str, int], tile: Tile
+    ) -> NDArray[np.float32]:
+        """Read what a tile needs, normalised."""
+        start, stop, _ = self._input_box(tile)
+        return self._grid.read(source, scaling, unit, start, stop)
+
+    def _predict(
+        self, pixels: Future[NDArray[np.float32]], tile: Tile
     ) -> tuple[Tile, NDArray[np.float32]]:
-        """Read and predict one tile; with it return the box that is kept of it."""
+        """Predict one tile; with it return the box that is kept of it."""
         kept = tile.grown(self._overlap, self._grid_region)
-        start, stop, offset = self._input_box(tile)
-        pixels = self._grid.read(source, scaling, unit, start, stop)
+        offset = self._input_box(tile)[2]
         backend = self._shared.backend
         run = backend.run_augmented if self._augment else backend.run
         box = [(o, o + n) for o, n in zip(offset, kept.shape, strict=True)]
-        return kept, run(pixels, box)
+        return kept, run(pixels.result(), box)
 
     def _input_box(
         self, tile: Tile
