@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 
 from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.results import write_results, writing
 from napari_unet.batch.volume import BLOCK_PIXELS, segment_into_steps
 from napari_unet.errors import BadInput, BadModel, BadOutput, UnetError
-from napari_unet.files.atomic import bad_output, make_scratch, remove_scratch
+from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
 from napari_unet.files.members import list_members, state_of
+from napari_unet.files.scratch import Scratch
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.steps import Progress
@@ -145,7 +145,7 @@ class Segmented:
     labels: Any
     probabilities: Any
     found: Found
-    scratch: Path | None
+    scratch: Scratch | None
     seconds: float
     notes: tuple[str, ...]
 
@@ -157,7 +157,7 @@ class Segmented:
     def discard(self) -> None:
         """Remove the temporary files."""
         if self.scratch is not None:
-            remove_scratch(self.scratch)
+            self.scratch.remove()
 
 
 def read(item: Item, axes: str | None = None) -> Opened:
@@ -190,23 +190,22 @@ def compute_steps(
         if math.prod(shape if item.probabilities else shape[1:]) > LAZY_VALUES:
             _check_output(task)
             with writing(task.internal):
-                scratch = make_scratch(task.internal)
+                scratch = Scratch(make_scratch(task.internal))
         axes = _label_axes(image)
-        labels = _array(scratch, "labels", axes, shape[1:], np.uint32)
+        labels = _array(scratch, axes, shape[1:], np.uint32)
         probabilities = None
         if item.probabilities:
-            probabilities = _array(
-                scratch, "probabilities", "C" + axes, shape, np.float32
-            )
+            probabilities = _array(scratch, "C" + axes, shape, np.float32)
+        folder = scratch.folder if scratch else None
         steps = segment_into_steps(
-            predictor, settings, labels, probabilities, scratch=scratch
+            predictor, settings, labels, probabilities, scratch=folder
         )
         found = yield from _noting_steps(steps, notes)
     except BaseException as error:
         if scratch is not None:
-            remove_scratch(scratch)
+            scratch.remove()
             if isinstance(error, OSError):
-                raise bad_output(scratch, error) from error
+                raise bad_output(scratch.folder, error) from error
         raise
     finally:
         predictor.close()
@@ -262,7 +261,7 @@ def _label_axes(image: ImageFile) -> str:
 
 
 def _array(
-    scratch: Path | None, name: str, axes: str, shape: tuple[int, ...], dtype: Any
+    scratch: Scratch | None, axes: str, shape: tuple[int, ...], dtype: Any
 ) -> Any:
     """Make an array in memory, or in a folder that holds it compressed."""
     if scratch is None:
@@ -270,10 +269,8 @@ def _array(
     chunks = tuple(
         min(n, 512) if axis in "YX" else 1 for axis, n in zip(axes, shape, strict=True)
     )
-    with writing(scratch):
-        return zarr.create_array(
-            scratch / name, shape=shape, chunks=chunks, dtype=dtype
-        )
+    with writing(scratch.folder):
+        return scratch.new_array(shape, chunks, dtype)
 
 
 def finish(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import shutil
 from concurrent.futures import wait
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import zarr
 
 from napari_unet.batch.stitch import Stitcher, check_numbers
 from napari_unet.errors import OutOfMemory
+from napari_unet.files.scratch import Scratch
 from napari_unet.inference.segment import (
     Found,
     Numbering,
@@ -27,6 +27,7 @@ from napari_unet.steps import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
+    import zarr
     from numpy.typing import NDArray
 
     from napari_unet.batch.pieces import Box
@@ -103,7 +104,6 @@ def segment_into_steps(
         if block_shape is None:
             steps = _units_steps(predictor, settings, labels, probabilities)
             return (yield from steps)
-        # What zarr still writes after an error is the caller's to wait for.
         with TemporaryDirectory(
             prefix="napari-unet-", dir=scratch, ignore_cleanup_errors=True
         ) as folder:
@@ -184,59 +184,48 @@ def _blocks_steps(
     tiles = 0
     for index, unit in enumerate(predictor.units):
         view = _View(labels, predictor.source, predictor.place(unit))
-        scratch = _Scratch(folder / str(index), view.shape, block_shape)
-        stitcher = Stitcher(view, passport, settings, block_shape, scratch.new_array)
-        count = len(stitcher.blocks)
-        for number, box in enumerate(stitcher.blocks):
-            part = _within(predictor, unit, box)
-            tiles = tiles or part.total  # a block at the edge has fewer
-            size = tiles * count + stitcher.total
-            total = size * len(predictor.units)
-            yield from _shifted_steps(
-                _block_steps(part, stitcher, box, probabilities, view),
-                index * size + number * tiles,
-                tiles,
+        scratch = Scratch(folder / str(index))
+        new_array = partial(_new_array, scratch, view.shape, block_shape)
+        try:
+            stitcher = Stitcher(view, passport, settings, block_shape, new_array)
+            count = len(stitcher.blocks)
+            for number, box in enumerate(stitcher.blocks):
+                part = _within(predictor, unit, box)
+                tiles = tiles or part.total  # a block at the edge has fewer
+                size = tiles * count + stitcher.total
+                total = size * len(predictor.units)
+                place = (
+                    f"{index * count + number + 1} of {len(predictor.units) * count}"
+                )
+                yield from _shifted_steps(
+                    _block_steps(part, stitcher, box, probabilities, view),
+                    index * size + number * tiles,
+                    tiles,
+                    total,
+                    f"block {place}",
+                )
+            found += yield from _shifted_steps(
+                _beside_steps(predictor, stitcher.label_steps(numbering.next_label)),
+                index * size + tiles * count,
+                stitcher.total,
                 total,
-                f"block {index * count + number + 1} of {len(predictor.units) * count}",
             )
-        found += yield from _shifted_steps(
-            _beside_steps(predictor, stitcher.label_steps(numbering.next_label)),
-            index * size + tiles * count,
-            stitcher.total,
-            total,
-        )
-        numbering.count = sum(found.objects)
-        scratch.remove()
+            numbering.count = sum(found.objects)
+        finally:
+            scratch.remove()
     for note in predictor.last_notes():
         yield Progress(total, total, note=note)
     return found
 
 
-class _Scratch:
-    """Temporary arrays of the shape of one plane or volume."""
-
-    def __init__(self, folder: Path, shape: Sequence[int], block_shape: Sequence[int]):
-        largest = CHUNK_SIDES[len(shape)]
-        # Whole numbers of chunks make up a block.
-        chunks = [n if n <= largest else math.gcd(n, largest) for n in block_shape]
-        self._chunks = tuple(map(min, chunks, shape))
-        self._shape = tuple(shape)
-        self._folder = folder
-        self._count = 0
-
-    def new_array(self, dtype: np.dtype) -> zarr.Array:
-        """Make an array in a file of its own."""
-        self._count += 1
-        return zarr.create_array(
-            str(self._folder / str(self._count)),
-            shape=self._shape,
-            chunks=self._chunks,
-            dtype=dtype,
-        )
-
-    def remove(self) -> None:
-        """Remove all arrays."""
-        shutil.rmtree(self._folder)
+def _new_array(
+    scratch: Scratch, shape: Sequence[int], block_shape: Sequence[int], dtype: np.dtype
+) -> zarr.Array:
+    """Make a temporary array of the shape of one plane or volume."""
+    largest = CHUNK_SIDES[len(shape)]
+    # Whole numbers of chunks make up a block.
+    chunks = [n if n <= largest else math.gcd(n, largest) for n in block_shape]
+    return scratch.new_array(shape, list(map(min, chunks, shape)), dtype)
 
 
 def _within(predictor: Predictor, unit: dict[str, int], box: Box) -> Predictor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_NAME_BYTES = 255
-WRITE_SECONDS = 10.0  # for what zarr has begun to write
+SWAP_SECONDS = 10.0  # for other processes that replace the same folder
 
 # Why it failed, and what to do: the errors that a user can do something about.
 _REASONS = {
@@ -216,7 +216,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
     Several processes may do so with the same name at once: the last one wins, and
     there is always a complete folder under the name or on its way to it.
     """
-    deadline = time.monotonic() + WRITE_SECONDS
+    deadline = time.monotonic() + SWAP_SECONDS
     while True:
         try:
             if os.path.lexists(path):
@@ -263,7 +263,7 @@ def make_scratch(folder: str | os.PathLike[str]) -> Path:
     Returns
     -------
     Path
-        Give it to :func:`remove_scratch` in the end.
+        To be deleted in the end.
 
     Raises
     ------
@@ -276,28 +276,6 @@ def make_scratch(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise bad_output(part, error) from error
     return part
-
-
-def remove_scratch(scratch: Path) -> None:
-    """Delete a folder for temporary files, of which some may be arrays of zarr.
-
-    Parameters
-    ----------
-    scratch : Path
-        From :func:`make_scratch`. What cannot be deleted is left to :func:`sweep`.
-    """
-    from zarr.core.sync import sync
-
-    # After an error zarr goes on with other chunks, and would make the folder anew.
-    sync(_end_of_other_tasks())
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-async def _end_of_other_tasks() -> None:
-    import asyncio
-
-    if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others, timeout=WRITE_SECONDS)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
