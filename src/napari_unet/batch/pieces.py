@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from napari_unet.errors import BadOutput
-from napari_unet.inference.instances import NOWHERE, first_pixels
+from napari_unet.inference.objects import NOWHERE, first_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,11 +16,9 @@ import numpy as np
 
 from napari_unet.batch.pieces import Pieces, blocks_of, grown_box, inner_box
 from napari_unet.errors import BadOutput
-from napari_unet.inference.instances import (
-    assign_classes,
-    grow_objects,
-    number_objects,
-)
+from napari_unet.inference.classify import encode
+from napari_unet.inference.grow import grow_objects
+from napari_unet.inference.objects import number_objects
 from napari_unet.inference.segment import Found
 from napari_unet.inference.split import (
     CONTEXT,
@@ -76,6 +74,7 @@ class Stitcher:
         self._passport = passport
         self._settings = settings
         kinds = [info.kind for info in passport.classes]
+        self._kinds = kinds[1:]
         self._classes = [i for i, kind in enumerate(kinds) if kind == "objects"]
         self._regions = [i for i, kind in enumerate(kinds) if kind == "region"]
         # Twice the class of a pixel, and 1 more where it is above the threshold.
@@ -95,10 +94,10 @@ class Stitcher:
         probabilities : float32 array of shape (class, *block)
             Of the classes after the background.
         """
-        owner, strength = assign_classes(probabilities, self._passport)
+        codes = encode(probabilities, self._kinds, self._settings.threshold)
+        self._codes[box] = codes
+        owner = codes // 2
         is_region = np.isin(owner, self._regions)
-        above = (strength > self._settings.threshold) & (owner > 0) & ~is_region
-        self._codes[box] = 2 * owner.astype(self._codes.dtype) + above
         self._labels[box] = np.where(is_region, owner, 0).astype(self._labels.dtype)
         for index in self._regions:
             self._pixels[index] += np.count_nonzero(owner == index)

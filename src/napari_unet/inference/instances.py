@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import cc3d
 import numpy as np
-from scipy import ndimage
 
 from napari_unet.errors import BadInput
-from napari_unet.inference.split import components, split_touching
+from napari_unet.inference.objects import find_objects_steps
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from napari_unet.models.model import Passport
-
-NOWHERE = np.iinfo(np.int64).max  # is the first pixel of what has none
 
 
 @dataclass(frozen=True)
@@ -77,87 +74,8 @@ def label_objects(probability: NDArray, settings: ObjectSettings) -> NDArray:
         0 is background, objects are 1 … n without gaps, connected by faces, in
         the order of their first pixels above the threshold.
     """
-    scale = 255 if probability.dtype == np.uint8 else 1
-    mask = probability > settings.threshold * scale
-    labels = split_touching(mask) if settings.split_touching else components(mask)
-    if settings.grow:
-        labels = grow_objects(labels, settings.grow)
-    certain = probability == 0
-    if labels[certain].any():
-        # Neither filled as a hole nor grown into: nor across, which leaves crumbs.
-        labels[certain] = 0
-        labels = components(labels)
-    sizes = np.bincount(labels.ravel())
-    first = first_pixels(np.where(mask, labels, 0), len(sizes))
-    number = number_objects(sizes, first, settings.minimal_size)
-    numbered: NDArray = number.astype(np.min_scalar_type(len(sizes)))[labels]
-    return numbered
-
-
-def grow_objects(labels: NDArray, pixels: int) -> NDArray:
-    """Grow objects by some pixels, as far as the middle between two.
-
-    Parameters
-    ----------
-    labels : unsigned integer array
-        Of any number of axes.
-    pixels : int
-        A distance between the centres of pixels.
-    """
-    distance, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-    grown: NDArray = np.where(distance <= pixels, labels[tuple(nearest)], 0)
-    return grown
-
-
-def first_pixels(labels: NDArray, count: int) -> NDArray[np.int64]:
-    """Find where labels begin.
-
-    Parameters
-    ----------
-    labels : unsigned integer array
-        Of any number of axes.
-    count : int
-        Above the largest label.
-
-    Returns
-    -------
-    int64 array of shape (count,)
-        For each label the index of its first pixel in the flattened array, or
-        `NOWHERE`; that of 0 is always `NOWHERE`.
-    """
-    flat = labels.ravel()
-    starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts = np.append(0, starts)[::-1]  # of several, the last one stays
-    first = np.full(count, NOWHERE)
-    first[flat[starts]] = starts
-    first[0] = NOWHERE
-    return first
-
-
-def number_objects(
-    sizes: NDArray[np.int64], first: NDArray[np.int64], minimal_size: int
-) -> NDArray[np.int64]:
-    """Number objects in the order of their first pixels.
-
-    Parameters
-    ----------
-    sizes : int64 array
-        Pixels of each object.
-    first : int64 array of the same shape
-        From `first_pixels`, of what is above the threshold.
-    minimal_size : int
-        Smaller objects get 0, as do those without a pixel above the threshold:
-        filled holes, and crumbs of what grew.
-
-    Returns
-    -------
-    int64 array of the same shape
-        Numbers from 1, without gaps.
-    """
-    kept = np.flatnonzero((sizes >= minimal_size) & (first < NOWHERE))
-    number = np.zeros(len(sizes), dtype=np.int64)
-    number[kept[np.argsort(first[kept])]] = np.arange(1, len(kept) + 1)
-    return number
+    steps = find_objects_steps(probability[None], ["objects"], settings)
+    return run_to_end(steps).labels
 
 
 def label_classes(
@@ -183,96 +101,11 @@ def label_classes(
     object_classes : int array of shape (number of objects,)
         The class index of each object, in the order of their labels.
     """
-    kinds = [info.kind for info in passport.classes[1:]]
-    if kinds == ["objects"]:
-        labels = label_objects(probabilities[0], settings)
-        return labels, np.ones(int(labels.max(initial=0)), dtype=np.intp)
-    owner, strength = assign_classes(probabilities, passport)
-    labels = np.zeros(owner.shape, dtype=np.uint32)
-    first = len(passport.classes) if "region" in kinds else 1
-    object_classes: list[int] = []
-    for index, kind in enumerate(kinds, start=1):
-        if kind == "region":
-            labels[owner == index] = index
-        elif kind == "objects":
-            of_class = np.where(owner == index, strength, 0)
-            found = label_objects(of_class, settings)
-            offset = first - 1 + len(object_classes)
-            labels[found > 0] = found[found > 0].astype(np.uint32) + offset
-            object_classes += [index] * int(found.max(initial=0))
-    return labels, np.array(object_classes, dtype=np.intp)
-
-
-def assign_classes(
-    probabilities: NDArray, passport: Passport
-) -> tuple[NDArray, NDArray]:
-    """Decide which class a pixel belongs to, or would belong to.
-
-    Parameters
-    ----------
-    probabilities, passport
-        See `label_classes`.
-
-    Returns
-    -------
-    owner : unsigned integer array of shape spatial
-        Of a class of kind "objects" where it is the likeliest of all but the
-        background, and possible at all; of a "region" where it beats the
-        background, too. 0 elsewhere.
-    strength : array of shape spatial
-        The probability of the likeliest class.
-    """
-    scale = 255 if probabilities.dtype == np.uint8 else 1
-    strength = probabilities.max(axis=0)
-    dtype = np.min_scalar_type(len(probabilities))
-    owner = probabilities.argmax(axis=0).astype(dtype)
-    owner += 1
-    rest = scale - probabilities.sum(axis=0, dtype=np.float32)
-    beaten = {"objects": strength == 0, "region": strength <= rest}
-    for index, info in enumerate(passport.classes[1:], start=1):
-        is_lost = beaten.get(info.kind, True)
-        owner[(owner == index) & is_lost] = 0
-    return owner, strength
-
-
-def describe_objects(
-    labels: NDArray, probabilities: NDArray, object_classes: NDArray
-) -> dict[str, NDArray]:
-    """Measure the objects of one plane or volume.
-
-    Parameters
-    ----------
-    labels : array of shape spatial
-        From `label_classes`.
-    probabilities : array of shape (class, *spatial)
-        What they were made of.
-    object_classes : int array of shape (n,)
-        From `label_classes`.
-
-    Returns
-    -------
-    dict of str to array of length n
-        "class", "size" in pixels, "mean_probability" and "centroid" (n, ndim).
-    """
-    count = len(object_classes)
-    if not count:
-        empty = np.zeros(0)
-        centroid = np.zeros((0, labels.ndim))
-        names = ("class", "size", "mean_probability")
-        return dict.fromkeys(names, empty) | {"centroid": centroid}
-    statistics = cc3d.statistics(labels, no_slice_conversion=True)
-    scale = 255 if probabilities.dtype == np.uint8 else 1
-    total = np.bincount(
-        labels.ravel(),
-        weights=probabilities.sum(axis=0, dtype=np.float32).ravel() / scale,
+    steps = find_objects_steps(
+        probabilities, [info.kind for info in passport.classes[1:]], settings
     )
-    sizes = np.asarray(statistics["voxel_counts"], dtype=np.int64)
-    return {
-        "class": object_classes,
-        "size": sizes[-count:],
-        "mean_probability": total[-count:] / sizes[-count:],
-        "centroid": np.asarray(statistics["centroids"])[-count:],
-    }
+    objects = run_to_end(steps)
+    return objects.labels, objects.classes
 
 
 @dataclass
@@ -296,7 +129,7 @@ class ObjectTable:
         Parameters
         ----------
         rows : dict
-            From `describe_objects`.
+            From `Objects.describe`.
         first_label : int
             The objects are numbered from here.
         place : dict of str to int

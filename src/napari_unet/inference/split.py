@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import cc3d
@@ -10,11 +11,17 @@ from scipy import ndimage
 from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
+from napari_unet.inference.runs import Runs
+from napari_unet.steps import Progress
+
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from numpy.typing import NDArray
 
 # The smoothing looks 4 pixels aside, at distances to what lies within 4 * sqrt(3).
 CONTEXT = 12
+CELL = {2: 512, 3: 256}  # sides of what is split at a time: it stays in the cache
 
 
 def components(mask: NDArray) -> NDArray:
@@ -37,21 +44,60 @@ def components(mask: NDArray) -> NDArray:
     return labels
 
 
-def split_touching(mask: NDArray) -> NDArray:
+def split_touching_steps(runs: Runs) -> Generator[Progress, None, Runs]:
     """Fill small holes, which would attract cuts, and cut objects at their necks.
 
     Parameters
     ----------
-    mask : bool array of shape (Y, X) or (Z, Y, X)
-        True in objects.
+    runs : Runs
+        Of pixels in objects.
+
+    Yields
+    ------
+    Progress
 
     Returns
     -------
-    integer array of the same shape
-        Numbers with gaps.
+    Runs
+        Valued by object, from 1.
     """
-    sizes = np.bincount(components(mask).ravel())[1:]
-    return split_at_necks(fill_small_holes(mask, largest_hole(sizes)))
+    component, count = runs.join()
+    sizes = np.bincount(component, runs.sizes, count)
+    mask = runs.valued(np.ones(len(runs), dtype=bool)).array().view(bool)
+    filled = fill_small_holes(mask, largest_hole(sizes))
+    if filled is not mask:
+        runs = Runs.find(filled)
+        component, count = runs.join()
+    low, high = runs.boxes(component, count)
+    group_of = _groups(low, high)
+    groups = int(group_of.max(initial=-1)) + 1
+    order = np.argsort(group_of[component], kind="stable")
+    ends = np.cumsum(np.bincount(group_of[component], minlength=groups))
+    found, count = [], 0
+    for group, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        yield Progress(group, groups, "making objects")
+        of_group = group_of == group
+        corner = np.maximum(low[of_group].min(axis=0) - CONTEXT, 0).tolist()
+        far = (high[of_group].max(axis=0) + CONTEXT).tolist()
+        crop = filled[tuple(slice(a, b) for a, b in zip(corner, far, strict=True))]
+        own = runs.where(order[start:end]).moved(crop.shape, [-a for a in corner])
+        mine = own.valued(np.ones(len(own), dtype=bool)).array().view(bool)
+        hills = Runs.find(split_at_necks(crop) * mine)
+        _, number = np.unique(hills.value, return_inverse=True)
+        pieces = hills.valued(number + count + 1)
+        found.append(pieces.moved(runs.shape, corner))
+        count += int(number.max(initial=-1)) + 1
+    return Runs.merge(found) if found else runs
+
+
+def _groups(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Put components together that lie in one cell of a grid; the large ones, too."""
+    side = CELL[low.shape[1]]
+    cell = (low + high) // (2 * side)
+    cell[(high - low > side).any(axis=1)] = -1
+    _, group = np.unique(cell, axis=0, return_inverse=True)
+    numbers: NDArray[np.int64] = group.reshape(-1).astype(np.int64)
+    return numbers
 
 
 def largest_hole(sizes: NDArray) -> float:
@@ -79,11 +125,12 @@ def split_at_necks(mask: NDArray) -> NDArray:
     """
     height = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), 1.0)
     seeds = components(local_maxima(height) & mask).astype(np.int32)
-    hills: NDArray = watershed(-height, seeds, mask=mask)
+    hills = _flood(height, seeds, mask)
     # Of a tiny object the smoothed maximum may lie beside it.
     rest = mask & (hills == 0)
     hills[rest] = components(rest)[rest] + hills.max()
-    peaks = np.append(0, ndimage.maximum(height, hills, np.arange(1, hills.max() + 1)))
+    peaks = np.zeros(int(hills.max()) + 1)
+    np.maximum.at(peaks, hills[mask], height[mask])
     root = np.arange(len(peaks))
     for saddle, first, second in _saddles(hills, height):
         one, other = _find(root, first), _find(root, second)
@@ -95,6 +142,24 @@ def split_at_necks(mask: NDArray) -> NDArray:
     roots = np.array([_find(root, hill) for hill in range(len(root))])
     joined: NDArray = roots[hills]
     return joined
+
+
+def _flood(height: NDArray, seeds: NDArray, mask: NDArray) -> NDArray[np.int32]:
+    """Do the watershed of objects with several seeds; one seed needs none."""
+    pieces = components(mask)
+    piece_of = np.zeros(int(seeds.max()) + 1, dtype=np.int64)
+    is_seed = seeds > 0
+    piece_of[seeds[is_seed]] = pieces[is_seed]
+    count = np.bincount(piece_of[1:], minlength=int(pieces.max()) + 1)
+    seed_of = np.zeros(len(count), dtype=np.int32)
+    seed_of[piece_of] = np.arange(len(piece_of))
+    seed_of[count != 1] = 0
+    hills: NDArray[np.int32] = seed_of[pieces]
+    are_several = (count > 1)[pieces]
+    if are_several.any():
+        flooded = watershed(-height, seeds * are_several, mask=are_several)
+        hills[are_several] = flooded[are_several]
+    return hills
 
 
 def _find(root: NDArray, hill: int) -> int:
@@ -135,15 +200,10 @@ def fill_small_holes(mask: NDArray, size: float) -> NDArray:
     """
     if size <= 1:
         return mask
-    # uint8 and 18: cc3d 4.1 can fail with boolean arrays and 26 neighbours.
-    empty = (~mask).astype(np.uint8)
-    outside: NDArray = cc3d.connected_components(
-        empty, connectivity=18 if mask.ndim == 3 else 8
-    )
-    sizes = np.bincount(outside.ravel())
-    small = sizes < size
-    small[0] = False
-    for axis in range(mask.ndim):
-        small[np.take(outside, [0, -1], axis)] = False
-    filled: NDArray = mask | small[outside]
-    return filled
+    empty = Runs.find(~mask)
+    component, count = empty.join(corners=True)
+    is_small = np.bincount(component, empty.sizes, count) < size
+    low, high = empty.boxes(component, count)
+    is_small &= ((low > 0) & (high < mask.shape)).all(axis=1)
+    holes = empty.where(is_small[component])
+    return mask | holes.array().view(bool) if len(holes) else mask

@@ -13,12 +13,8 @@ import psutil
 import zarr
 
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.instances import (
-    ObjectSettings,
-    ObjectTable,
-    describe_objects,
-    label_classes,
-)
+from napari_unet.inference.instances import ObjectSettings, ObjectTable
+from napari_unet.inference.objects import find_objects_steps
 from napari_unet.inference.segment import Numbering, foreground
 from napari_unet.steps import Progress
 
@@ -120,20 +116,21 @@ class ProbabilityStore:
         """
         labels = np.zeros(self.shape[1:], dtype=np.uint32)
         numbering = Numbering(model.passport)
+        kinds = [info.kind for info in model.passport.classes[1:]]
         table = ObjectTable()
         for done, where in enumerate(sorted(self._covered)):
             yield Progress(done, len(self._covered), "making objects")
             unit = dict(zip(self._loop, where, strict=True))
             place = tuple(unit.get(axis, slice(None)) for axis in self.axes)
             probabilities = np.asarray(self.data[(slice(None), *place)])
-            found, classes = label_classes(probabilities, model.passport, settings)
+            objects = yield from find_objects_steps(probabilities, kinds, settings)
             first = numbering.next_label
-            part = numbering.renumber(found, classes)
-            if part.dtype != labels.dtype:
-                labels = labels.astype(part.dtype)
-            labels[place] = part
+            numbers = numbering.renumber(objects.runs.value, objects.classes)
+            if numbers.dtype != labels.dtype:
+                labels = labels.astype(numbers.dtype)
+            objects.runs.valued(numbers).paint(labels[place])
             table.add(
-                describe_objects(found, probabilities, classes),
+                objects.describe(probabilities),
                 first,
                 dict(zip(self._loop, where, strict=True)),
             )
