@@ -244,9 +244,18 @@ class Backend:
         return np.rot90(result[..., ::-1] if flip else result, -quarters, (-2, -1))
 
     @property
+    def bytes_per_pixel(self) -> int:
+        """Expected peak memory for each input pixel of a tile."""
+        config = self.config
+        # At the end of the finest level live: the joined maps, a block's input
+        # and output, and the encoder's maps of the levels below.
+        maps = 6 * config.base_channels + 2 * config.num_classes + config.in_channels
+        return self._executor.itemsize * maps
+
+    @property
     def max_input_pixels(self) -> int:
         """Pixels of a tile, halo included, that fit comfortably into memory."""
-        each = self._executor.bytes_per_pixel
+        each = self.bytes_per_pixel
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             return max(1, int(0.6 * free) // each)

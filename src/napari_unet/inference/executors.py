@@ -40,8 +40,8 @@ class Executor(Protocol):
         """What runs the network, and how precisely."""
 
     @property
-    def bytes_per_pixel(self) -> int:
-        """Estimated peak memory for each input pixel."""
+    def itemsize(self) -> int:
+        """Bytes of one number of its maps."""
 
     def run(
         self,
@@ -148,13 +148,9 @@ class TorchExecutor:
         return f"torch, {self.precision}"
 
     @property
-    def bytes_per_pixel(self) -> int:
-        """Estimated peak memory for each input pixel."""
-        config = self._config
-        # At the end of the finest level live: the joined maps, a block's input
-        # and output, and the encoder's maps of the levels below.
-        maps = 6 * config.base_channels + 2 * config.num_classes + config.in_channels
-        return self._dtype.itemsize * maps
+    def itemsize(self) -> int:
+        """Bytes of one number of its maps."""
+        return self._dtype.itemsize
 
     @torch.inference_mode()
     def run(

@@ -117,11 +117,9 @@ class OpenVinoExecutor:
         return f"OpenVINO, {self.precision}"
 
     @property
-    def bytes_per_pixel(self) -> int:
-        """Estimated peak memory for each input pixel; measured, and rounded up."""
-        config = self._network.config
-        maps = 4 * config.base_channels + 2 * config.num_classes + config.in_channels
-        return (2 if self.precision == "bfloat16" else 4) * maps
+    def itemsize(self) -> int:
+        """Bytes of one number of its maps."""
+        return 2 if self.precision == "bfloat16" else 4
 
     def release(self) -> None:
         """Give back the memory that only a run needs."""

@@ -1,0 +1,35 @@
+"""Print the peak memory of one tile, and what is expected (bytes for a pixel).
+
+python child_memory.py openvino|torch auto|float32 side base_channels
+"""
+
+import resource
+import sys
+
+import numpy as np
+
+from napari_unet import UNet
+from napari_unet.inference import executors
+from napari_unet.inference.backends import Backend
+
+
+def peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(through: str, precision: str, side: str, base_channels: str) -> None:
+    if through == "torch":
+        executors.can_execute = lambda config: False
+    network = UNet(1, 2, base_channels=int(base_channels))
+    backend = Backend(network, "cpu", precision)
+    assert through in backend.title.lower()
+    backend.run(np.zeros((1, 64, 64), np.float32))
+    before = peak()
+    backend.run(np.ones((1, int(side), int(side)), np.float32))
+    measured = (peak() - before) / int(side) ** 2
+    sys.stdout.write(f"{measured} {backend.bytes_per_pixel}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
