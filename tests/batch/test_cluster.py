@@ -18,7 +18,7 @@ from cli_cases import call, squares, write_image
 from distributed import Client
 from faulty_cluster import HERE
 
-from napari_unet.batch import cluster, scheduler
+from napari_unet.batch import cluster, scheduler, worker
 from napari_unet.batch.folder import batch_steps
 from napari_unet.errors import BadCluster, BadInput, BadOutput
 from napari_unet.steps import run_to_end
@@ -208,6 +208,17 @@ def test_other_versions_are_refused(place, address, monkeypatch):
     monkeypatch.setattr(cluster, "program_versions", lambda: versions)
     with pytest.raises(BadCluster, match=r"has napari-unet \S+ instead of 9.9"):
         run(make_job(place), address)
+
+
+def test_what_only_some_computers_have_is_compared_where_it_computes(monkeypatch):
+    programs = {"torch": "2+cpu", "openvino": "7"}
+    monkeypatch.setattr(worker, "program_versions", lambda: programs)
+    differ = worker._different_versions
+    assert differ({"torch": "2+cu130", "openvino": "7"}, "cpu") == ""
+    assert differ({"torch": "2"}, "cpu") == "openvino 7 instead of none"
+    assert differ({"torch": "2", "openvino": "6"}, "cpu") == "openvino 7 instead of 6"
+    assert differ({"torch": "2"}, "cuda") == ""
+    assert differ({"torch": "3"}, "cuda") == "torch 2 instead of 3"
 
 
 def wait_until_slow(steps):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ _HEADER = "# A batch of napari-unet; repeat it with: napari-unet batch --job job
 
 # Whose versions the results depend on.
 _PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
+OF_PROCESSORS = "openvino"  # computes where it is installed and there is no GPU
 
 # Side of the tiles, by dimensions, for models whose result depends on it a little.
 # Fixed, so that it does not depend on the free memory.
@@ -237,7 +239,10 @@ _FOLDERS = ("input", "output")
 
 def program_versions() -> dict[str, str]:
     """Return the versions of the programs that the results depend on."""
-    return {name: version(name) for name in _PROGRAMS}
+    found = {name: version(name) for name in _PROGRAMS}
+    with suppress(PackageNotFoundError):
+        found[OF_PROCESSORS] = version(OF_PROCESSORS)
+    return found
 
 
 def _is_path(model: str) -> bool:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from napari_unet.batch.file import Task, compute_steps, failed, finish, read
-from napari_unet.batch.job import program_versions
+from napari_unet.batch.job import OF_PROCESSORS, program_versions
 from napari_unet.errors import BadCluster, BadModel, Cancelled
 from napari_unet.files.atomic import sweep
 
@@ -95,8 +95,8 @@ def segment_on_worker(number: int, item: Item, order: Order) -> Entry:
     from distributed import get_worker
 
     worker = get_worker()
-    _check_fit(worker, item, order)
     device = _set_up_process(worker.state.nthreads, order.task.options["device"])
+    _check_fit(worker, item, order, device)
     options: Any = {**order.task.options, "device": device.name}
     task = replace(order.task, options=options)
     for folder in {item.labels.parent, order.model.parent}:
@@ -125,7 +125,7 @@ def segment_on_worker(number: int, item: Item, order: Order) -> Entry:
         return failed(item, error, opened)
 
 
-def _check_fit(worker: Any, item: Item, order: Order) -> None:
+def _check_fit(worker: Any, item: Item, order: Order, device: Device) -> None:
     for path in (order.model, item.image):
         if not _sees(path):
             raise Unseen(
@@ -133,7 +133,7 @@ def _check_fit(worker: Any, item: Item, order: Order) -> None:
                 "need the images and the results under the same path as this "
                 "computer; mount the folder there, or run without --scheduler."
             )
-    if different := _different_versions(order.versions):
+    if different := _different_versions(order.versions, device.name):
         raise BadCluster(
             f"The worker at {worker.address} has {different}: its results would "
             "differ. Install the same versions there."
@@ -150,13 +150,21 @@ def _sees(path: Path) -> bool:
     return True
 
 
-def _different_versions(wanted: Mapping[str, str]) -> str:
-    # "+cu130" and the like only says for which device torch is.
-    own = {name: found.partition("+")[0] for name, found in program_versions().items()}
+def _different_versions(wanted: Mapping[str, str], device: str) -> str:
+    own = program_versions()
+    names = [*wanted, *(own.keys() - wanted.keys())]
+    if device != "cpu":
+        names = [name for name in names if name != OF_PROCESSORS]
+    told = [
+        # "+cu130" and the like only says for which device torch is.
+        (
+            name,
+            *(versions.get(name, "none").split("+")[0] for versions in (own, wanted)),
+        )
+        for name in names
+    ]
     return ", ".join(
-        f"{name} {own.get(name, 'none')} instead of {found}"
-        for name, found in wanted.items()
-        if own.get(name) != found.partition("+")[0]
+        f"{name} {has} instead of {needs}" for name, has, needs in told if has != needs
     )
 
 
