@@ -466,6 +466,15 @@ def test_list_images(tmp_path):
         list_images(tmp_path / "missing")
 
 
+def test_an_image_whose_link_leads_nowhere_is_not_left_out(tmp_path):
+    link = tmp_path / "on another disk.tif"
+    link.symlink_to(tmp_path / "gone.tif")
+    (tmp_path / "notes").symlink_to(tmp_path / "gone")
+    assert list_images(tmp_path) == [link]
+    with pytest.raises(BadInput, match="does not exist"):
+        read_image(link)
+
+
 @given(st.lists(st.text("ab019²٣.", min_size=1, max_size=8), max_size=8, unique=True))
 def test_natural_order_is_total(stems):
     with tempfile.TemporaryDirectory() as folder:

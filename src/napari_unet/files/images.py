@@ -233,4 +233,6 @@ def _looks_readable(path: Path) -> bool:
         return False
     if path.is_dir():
         return is_zarr(path)
-    return name.endswith(SUFFIXES) and path.is_file()
+    # A link to what is not there is an image that cannot be read, not none.
+    is_lost = path.is_symlink() and not path.exists()
+    return name.endswith(SUFFIXES) and (path.is_file() or is_lost)
