@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from contextlib import closing
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from batch_cases import (
 from cli_cases import hashes, squares, threshold_model, write_image
 
 from napari_unet.batch import file as batch_file
+from napari_unet.batch import folder
 from napari_unet.batch import results as batch_results
 from napari_unet.batch.folder import batch_steps
 from napari_unet.batch.job import BatchJob, SegmentSettings
@@ -381,6 +383,36 @@ def test_another_model_of_that_name_is_refused(place):
     threshold_model(place / "m.safetensors", pixel_size=(1.0, 1.0))
     with pytest.raises(BadModel, match="is not the one that the job was made with"):
         run(told, resume=True)
+
+
+def test_results_of_other_programs_are_made_again(place, monkeypatch):
+    """OpenVINO, where it is installed, computes a little differently from torch."""
+    run_well(make_job(place))
+    told = BatchJob.load(place / "out" / "job.yaml")
+    versions = {**told.versions, "openvino": "1.0"}
+    monkeypatch.setattr(folder, "program_versions", lambda: versions)
+    assert run_well(make_job(place), resume=True).skipped == 0
+
+
+def test_what_the_processor_runs_networks_with_is_in_the_job(place):
+    pytest.importorskip("openvino")
+    run_well(make_job(place))
+    job = BatchJob.load(place / "out" / "job.yaml")
+    assert job.versions["openvino"] == version("openvino")
+
+
+def test_nothing_is_made_for_a_model_that_is_not_there(place):
+    for model in ("nothing", str(place / "nothing.safetensors")):
+        with pytest.raises(BadModel):
+            run(make_job(place).model_copy(update={"model": model}))
+    assert not (place / "out").exists()
+
+
+def test_an_image_whose_link_leads_nowhere_fails(place):
+    (place / "in" / "b.tif").symlink_to(place / "gone.tif")
+    report = run(make_job(place))
+    assert statuses(report)["b.tif"] == "failed"
+    assert "does not exist" in report.failed[0].reason
 
 
 def test_other_programs_are_told(place):

@@ -90,15 +90,15 @@ def batch_steps(
     journal_path = job.output / JOURNAL
     may_replace = overwrite or (resume and journal_path.is_file())
     check_batch(job, items, overwrite=may_replace)
+    model = load_model(job.model)
+    wanted = job.settings.device
+    # Workers choose for themselves.
+    device = Device(wanted) if scheduler else choose_device(wanted)
+    told, job = job, complete_job(job, model)
     with _locked(job.output):
         recall_tasks(job.output / INTERNAL)
         for folder in result_folders(job.output, items):
             sweep(folder)
-        model = load_model(job.model)
-        wanted = job.settings.device
-        # Workers choose for themselves.
-        device = Device(wanted) if scheduler else choose_device(wanted)
-        told, job = job, complete_job(job, model)
         journal = open_journal(job, model)
         todo = items
         if resume:
@@ -109,9 +109,10 @@ def batch_steps(
         run = Run(*(job, model, items, todo, journal, device.name), scheduler=scheduler)
         notes = [device.note, _changed_versions(told, job)]
         if resume and (outdated := sum(journal.is_outdated(i.name) for i in todo)):
+            were, are = ("file was", "is") if outdated == 1 else ("files were", "are")
             notes.append(
-                f"{outdated} files were done with another model, other settings or "
-                "versions, and are done again."
+                f"{outdated} {were} done with another model, other settings or "
+                f"versions, and {are} done again."
             )
         with journal:
             job.save(job.output / JOB)
