@@ -140,9 +140,7 @@ def test_notes_are_told_with_the_file_that_they_are_of(command, place):
     for name in ("b.tif", "c.tif"):
         tifffile.imwrite(place / "in" / name, image)
     result = command("in", "out", *MODEL)
-    assert result.err == "Note: b.tif: 1 pixels are NaN or infinite; they are " + (
-        "background.\n"
-    )
+    assert result.err == "Note: b.tif: 1 pixel is NaN or infinite; it is background.\n"
     assert result.out.splitlines()[-1] == "5 images, 2 with notes: out/report.html"
 
 

@@ -79,12 +79,14 @@ def run_on_failing_disk(monkeypatch, job, n, number, **options):
         # Before there is an output folder, it is the one in which that will lie.
         sentences = (
             rf"Cannot write {job.output.parent}[^:;]*: {WORDS[number]}[.]"
-            r"( (None|\d) of [^.:;]*; resume the batch \(--resume\) for the rest[.])?"
+            r"( (None|\d|The image is(?: not)? done)[^.:;]*; resume the batch "
+            r"\(--resume\) for the rest[.])?"
         )
         match = re.fullmatch(sentences, told)
         assert match, (n, told)
         # Of a line that could not be synced nobody knows whether it will stay.
-        kept = 0 if match[2] in (None, "None") else int(match[2])
+        said = {None: 0, "None": 0, "The image is not done": 0, "The image is done": 1}
+        kept = said[match[2]] if match[2] in said else int(match[2])
         assert kept <= len(done_in_journal(job)) <= kept + 1, (n, told)
     there = results(job.output)
     return disk.failed, {name: there[name] for name in there.keys() - set(TABLES)}

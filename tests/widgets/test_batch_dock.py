@@ -20,6 +20,7 @@ from napari_unet.batch.job import BatchJob
 from napari_unet.files.images import read_image
 from napari_unet.models.library import load_model
 from napari_unet.steps import run_to_end
+from napari_unet.widgets._batch_table import STATUS, FileTable, Row
 from napari_unet.widgets._session import Session
 from napari_unet.widgets.batch import BatchWidget
 
@@ -412,6 +413,27 @@ def test_notes_are_told_once_and_kept_with_their_files(on, tmp_path):
     check(later)
     told = [note for note in notification_manager.records if "axes" in note.message]
     assert len(told) == 1
+
+
+def test_a_note_says_of_which_file_it_is(on, tmp_path):
+    images = write_images(tmp_path / "in", 1)
+    image = np.zeros((32, 32), np.float32)
+    image[0, :2] = np.nan
+    tifffile.imwrite(images / "d.tif", image)
+    on.choose(images)
+    on.run()
+    told = [note.message for note in notification_manager.records]
+    assert "d.tif: 2 pixels are NaN or infinite; they are background." in told
+
+
+def test_what_becomes_of_a_file_can_be_read_in_a_narrow_dock(qtbot):
+    table = FileTable(lambda _: None)
+    qtbot.addWidget(table)
+    table.resize(280, 200)
+    table.show()
+    table.show_rows([Row("cells.tif", "done")])
+    words = table.fontMetrics().horizontalAdvance("done, note")
+    qtbot.waitUntil(lambda: table.columnWidth(STATUS) > words)
 
 
 def test_a_model_without_a_file(new_viewer, qtbot, tmp_path):

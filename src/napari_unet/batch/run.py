@@ -58,6 +58,13 @@ class BatchProgress(Progress):
     status: Status = "waiting"
     entry: Entry | None = None
 
+    @property
+    def named_note(self) -> str:
+        """The note, which says of which file it is; "" if there is none."""
+        own = self.name.rpartition("/")[2]
+        is_named = not self.note or own in self.note
+        return self.note if is_named else f"{self.name}: {self.note}"
+
 
 @dataclass(frozen=True)
 class BatchReport:
@@ -182,13 +189,15 @@ class Run:
         """Add to what has ended a batch how to go on, if anything is left of it."""
         if not self._journal.path.exists():
             return error
-        entries = self._entries
-        names = [item.name for item in self._items if item.name in entries]
-        done = sum(entries[name].status == "done" for name in names)
-        kept = f"None of the {len(self._items)} images is done yet"
-        if done:
-            are = "image is" if len(self._items) == 1 else "images are"
-            kept = f"{done} of {len(self._items)} {are} done and kept"
+        files = len(self._items)
+        found = [self._entries.get(item.name) for item in self._items]
+        done = sum(entry is not None and entry.status == "done" for entry in found)
+        if files == 1:
+            kept = "The image is done and kept" if done else "The image is not done yet"
+        elif done:
+            kept = f"{done} of {files} images are done and kept"
+        else:
+            kept = f"None of the {files} images is done yet"
         return type(error)(f"{error} {kept}; resume the batch (--resume) for the rest.")
 
     def _file_steps(self) -> Generator[FileStep, None, None]:

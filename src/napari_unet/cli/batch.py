@@ -248,9 +248,7 @@ class _Lines:
         bar.set_description_str(one_line(step.message), refresh=False)
         entry = step.entry
         if step.note:
-            own = step.name.rpartition("/")[2]
-            whose = "" if own in step.note else f"{step.name}: "
-            self._write(f"Note: {whose}{step.note}", sys.stderr)
+            self._write(f"Note: {step.named_note}", sys.stderr)
         if entry is None:
             return
         if step.status == "done":

@@ -264,6 +264,8 @@ class Predictor:
         count = self._shared.non_finite
         if not count:
             return []
+        if count == 1:
+            return ["1 pixel is NaN or infinite; it is background."]
         return [f"{count} pixels are NaN or infinite; they are background."]
 
     def _open_unit(self, unit: Mapping[str, int]) -> tuple[Source, Scaling]:

@@ -100,7 +100,7 @@ class _Gathered:
         if step.status == "running":
             self._running = max(self._running, (step.index + 1, step.name))
         if step.note and not self._is_noted:  # all are in the tips of their rows
-            self._note, self._is_noted = step.note, True
+            self._note, self._is_noted = step.named_note, True
         self.changed[step.name] = Row(step.name, step.status, step.entry)
         self._last = step
 

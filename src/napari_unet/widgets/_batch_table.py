@@ -263,7 +263,8 @@ class FileTable(QTableView):
         top.setSortIndicatorShown(True)
         top.setSortIndicator(FILE, Qt.SortOrder.AscendingOrder)
         wide = self.fontMetrics().horizontalAdvance
-        for column, text in (FILE, "x" * 18), (OBJECTS, "Objects"), (TIME, "Time__"):
+        # So that "done, note" has its place in a dock that is 300 pixels wide.
+        for column, text in (FILE, "x" * 12), (OBJECTS, "Objects"), (TIME, "Time__"):
             self.setColumnWidth(column, wide(text) + 12)
         self.setSortingEnabled(True)
         self.setMinimumHeight(8 * line)

@@ -23,7 +23,7 @@ def choose_tile() -> SpinBox:
         step=64,
         label="Tile size",
         tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
-        "not depend on it.",
+        "not depend on it, unless a note says that the tiles are blended.",
     )
 
 
