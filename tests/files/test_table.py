@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput, BadOutput
 from napari_unet.files import table
-from napari_unet.files.table import join_csv, write_csv, writing_csv
+from napari_unet.files.table import join_csv_steps, write_csv, writing_csv
+from napari_unet.steps import run_to_end
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 ALSO = (*FORMULA, "\n", "＝", "＋", "－", "＠")
@@ -106,7 +107,7 @@ def test_joined_tables_have_the_columns_of_all(tmp_path):
     write_csv(parts[1], {"file": ["c"], "plane": [0], "label": [7], "mean_red": [1.5]})
     write_csv(parts[2], {"file": [], "label": [], "mean": []})
     write_csv(parts[3], {"mean": [9], "file": ["d"]})
-    join_csv(tmp_path / "all.csv", parts)
+    run_to_end(join_csv_steps(tmp_path / "all.csv", parts))
     assert read(tmp_path / "all.csv") == [
         ["file", "plane", "label", "mean_red", "mean"],
         ["a", "", "1", "", "0.5"],
@@ -115,10 +116,12 @@ def test_joined_tables_have_the_columns_of_all(tmp_path):
         ["d", "", "", "", "9"],
     ]
     # One table is joined as it is.
-    join_csv(tmp_path / "one.csv", parts[:1])
+    run_to_end(join_csv_steps(tmp_path / "one.csv", parts[:1]))
     assert (tmp_path / "one.csv").read_bytes() == parts[0].read_bytes()
-    join_csv(tmp_path / "none.csv", [])
+    run_to_end(join_csv_steps(tmp_path / "none.csv", []))
     with pytest.raises(BadInput, match=r"missing\.csv does not exist"):
-        join_csv(tmp_path / "all.csv", [parts[0], tmp_path / "missing.csv"])
+        run_to_end(
+            join_csv_steps(tmp_path / "all.csv", [parts[0], tmp_path / "missing.csv"])
+        )
     assert len(read(tmp_path / "all.csv")) == 5
     assert not list(tmp_path.glob(".*"))

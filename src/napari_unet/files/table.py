@@ -13,7 +13,7 @@ import numpy as np
 
 from napari_unet.files.atomic import atomic_path
 from napari_unet.files.source import reading
-from napari_unet.steps import Progress, run_to_end
+from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
     import os
@@ -153,24 +153,6 @@ def join_csv_steps(
                 yield Progress(done, total, "joining the tables")
                 writer.writerows(some)
     return path
-
-
-def join_csv(
-    path: str | os.PathLike[str], parts: Iterable[str | os.PathLike[str]]
-) -> Path:
-    """Put tables under each other: the blocking form of :func:`join_csv_steps`.
-
-    Parameters
-    ----------
-    path, parts
-        Those of :func:`join_csv_steps`.
-
-    Returns
-    -------
-    Path
-        The file.
-    """
-    return run_to_end(join_csv_steps(path, parts))
 
 
 @contextmanager
