@@ -176,9 +176,11 @@ def show_labels(
 
 
 def place(layer: Image | Labels, space: dict[str, Any]) -> None:
-    """Lay a layer where `label_space` says."""
+    """Lay a layer where `label_space` says, if it is not there."""
     for name, value in space.items():
-        setattr(layer, name, value)
+        # Each assignment draws a large layer again, also if nothing changes by it.
+        if not np.array_equal(np.asarray(getattr(layer, name)), np.asarray(value)):
+            setattr(layer, name, value)
 
 
 def show_probabilities(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import (
     QComboBox,
@@ -15,7 +16,9 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_unet.inference.backends import Backend
 from napari_unet.models.library import list_models, load_model
+from napari_unet.network.unet import UNet
 from napari_unet.steps import Progress
 from napari_unet.widgets._dock import narrow, while_alive
 from napari_unet.widgets._worker import start_worker
@@ -231,7 +234,9 @@ class ModelChooser(QWidget):
 
         def load_steps(name: str) -> Generator[Progress, None, Model]:
             yield Progress(0, 1, "loading the model")
-            return load_model(name)
+            model = load_model(name)
+            _make_ready(model)
+            return model
 
         start_worker(
             load_steps(self.loading),
@@ -261,3 +266,13 @@ class ModelChooser(QWidget):
         if self.chosen and self.chosen != self.loaded:
             self._load()
         self._on_change()
+
+
+def _make_ready(model: Model) -> None:
+    """Make now what runs a network on the CPU, rather than at the first click.
+
+    That takes as long as a small image. On a GPU it is left to the click: it would
+    take memory there from whoever only looks at the dock.
+    """
+    if isinstance(model.network, UNet) and not torch.accelerator.is_available():
+        Backend(model.network, "cpu").close()
