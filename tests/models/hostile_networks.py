@@ -27,6 +27,9 @@ def hostile_networks():
         yield f"{count} layers", convs | {"z.weight": conv(1, 1, 1)}
     names = [".".join(f"{n >> bit & 1}" for bit in range(10)) for n in range(1900)]
     yield "deep names", {f"{name}.c{name}.weight": conv(1, 1) for name in names}
+    deeper = ".".join("m" * 60)
+    wrapped = [f"{deeper}.encoder{n}.enc1conv1.weight" for n in range(1900)]
+    yield "deep wrappers", dict.fromkeys(wrapped, conv(1, 1))
     long = "9" * 200
     endless = f"encoder{long}.enc{long}conv1.weight"
     yield "long numbers", good | {endless: conv(1, 1)}

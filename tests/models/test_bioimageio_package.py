@@ -3,6 +3,7 @@
 import copy
 import http.server
 import io
+import os
 import pickle
 import stat
 import struct
@@ -26,6 +27,8 @@ from napari_unet.models.bioimageio_processing import (
     normalization_of,
     postprocessing_of,
 )
+from napari_unet.models.library import load_model
+from napari_unet.models.plain_yaml import read_yaml, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,15 @@ def archive(path, made, content, add):
 
 
 @pytest.mark.parametrize(
-    "name", ["../out.txt", "/etc/out.txt", "a/../../out", "C:out", "a\\..\\out"]
+    "name",
+    [
+        "../out.txt",
+        "/etc/out.txt",
+        "//etc/out.txt",
+        "a/../../out",
+        "C:out",
+        "a\\..\\out",
+    ],
 )
 def test_names_that_lead_elsewhere(tmp_path, made, content, name):
     path = archive(tmp_path / "b.zip", made, content, lambda z: z.writestr(name, "x"))
@@ -209,6 +220,61 @@ def test_descriptions(tmp_path, text, match, monkeypatch):
     path.write_bytes(text)
     refused(path.parent, match)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (b"type: 1" + b":1" * 150_000, "describes 1:1:1:1"),  # base 60 in YAML 1.1
+        (b"a:\n" + b"-\n" * 400_000, "too large"),
+        (b"? a\n" * 200_000, "too large"),
+        (b"?\n" * 400_000, "too large"),
+        (b"a:\r" * 300_000, "too large"),
+        (b"%A b\n" * 200_000 + b"--- {}\n", "larger than"),
+        (b"a: !!float 1" + b":1" * 99_000, "no readable YAML"),
+        (b"a: " + b"1" * 900_000, "no readable YAML"),
+    ],
+    ids=[
+        "base 60",
+        "dashes",
+        "keys",
+        "bare keys",
+        "colons",
+        "directives",
+        "float of base 60",
+        "digits",
+    ],
+)
+def test_descriptions_that_take_long_to_read(tmp_path, text, match):
+    (tmp_path / "rdf.yaml").write_bytes(text)
+    start = time.process_time()
+    refused(tmp_path, match)
+    assert time.process_time() - start < 2
+
+
+def test_numbers_of_a_description_are_those_of_yaml_1_2():
+    told = {
+        "a": 12,
+        "b": "1:30",
+        "c": "0o17",
+        "d": "010",
+        "e": "1_0",
+        "f": -3,
+        "g": 2.5,
+    }
+    assert read_yaml(io.BytesIO(write_yaml(told))) == told
+    assert yaml.safe_load(write_yaml(told)) == told
+    theirs = io.BytesIO(b"a: 010\nb: 0x1F\nc: 0o17\nd: 1:30\ne: 1e3\nf: 0.4.9\n")
+    assert list(read_yaml(theirs).values()) == [10, 31, 15, "1:30", 1000.0, "0.4.9"]
+
+
+def test_a_pipe_is_no_package_and_keeps_nobody_waiting(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no pipes here")
+    os.mkfifo(tmp_path / "model.pt")
+    assert not is_package(tmp_path / "model.pt")
+    with pytest.raises(BadModel, match="not a regular file"):
+        load_model(tmp_path / "model.pt")
 
 
 def test_several_descriptions(tmp_path):

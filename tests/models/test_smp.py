@@ -1,9 +1,11 @@
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from napari_unet.errors import BadModel
 from napari_unet.inference.predict import predict
@@ -236,6 +238,26 @@ def test_a_config_that_cannot_be_read_is_done_without(unet, tmp_path):
     for content in (b"\xff\xfe", b"[" * 50_000, b"[]"):
         (tmp_path / "config.json").write_bytes(content)
         assert_same(load_model(tmp_path), network)
+
+
+@pytest.mark.parametrize("encoder", ["resnext101_32x48d", "tu-convnext_xxlarge"])
+def test_a_forged_config_claims_no_gigabytes(encoder, unet, tmp_path):
+    """Of 850 million weights, where the file has 14 million."""
+    unet("resnet18").save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    forged = json.dumps(told | {"encoder_name": encoder})
+    (tmp_path / "config.json").write_text(forged, encoding="utf-8")
+    made, start = [], time.process_time()
+    hook = register_module_parameter_registration_hook(
+        lambda _, __, weight: made.append(0 if weight is None else weight.numel())
+    )
+    try:
+        with pytest.raises(BadModel, match=r"more weights than the file.*config"):
+            load_model(tmp_path)
+    finally:
+        hook.remove()
+    assert sum(made) < 40_000_000
+    assert time.process_time() - start < 2
 
 
 def test_without_the_library_it_says_what_to_install(unet, tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def _inside(source: str) -> str:
         )
     parts = PurePosixPath(source).parts
     plain = source.isprintable() and "\\" not in source and ":" not in source
-    if not plain or not parts or ".." in parts or parts[0] == "/":
+    if not plain or not parts or ".." in parts or parts[0].startswith("/"):
         raise BadModel(f"It names the forbidden file {source[:80]!r}. {_DAMAGED}")
     return "/".join(parts)
 
@@ -158,6 +158,8 @@ def is_package(source: str | Path) -> bool:
             return bool(_descriptions([entry.name for entry in path.iterdir()]))
         if path.suffix.lower() in (".yaml", ".yml"):
             return path.is_file()
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False  # to open a pipe would wait for ever
         with path.open("rb") as file:
             if file.read(4) != b"PK\3\4":
                 return False

@@ -190,16 +190,22 @@ def _networks(tensors: Mapping[str, Tensor]) -> list[tuple[str, dict[str, Layer]
         if len(prefixes) > 64:
             break
     prefixes.sort(key=lambda p: (_AVERAGED.search(p) is None, p.count(".")))
-    return [
-        (
-            prefix,
-            {
-                name.removeprefix(prefix): layer
-                for name, layer in layers.items()
-                if name.startswith(prefix)
-            },
-        )
+    found = {
+        prefix: {
+            name.removeprefix(prefix): layer
+            for name, layer in layers.items()
+            if name.startswith(prefix)
+        }
         for prefix in prefixes
+    }
+    # What wraps another one and nothing else has no layers of its own.
+    return [
+        (prefix, inside)
+        for prefix, inside in found.items()
+        if not any(
+            other != prefix and other.startswith(prefix) and len(it) == len(inside)
+            for other, it in found.items()
+        )
     ]
 
 

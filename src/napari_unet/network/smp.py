@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from napari_unet.errors import BadModel
 from napari_unet.network.program import Program, ProgramConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # What a name cannot have that would be looked up somewhere else, or downloaded.
 _ENCODER = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_SPARE = 1_000_000
 SETTINGS = (
     "encoder_name",
     "encoder_depth",
@@ -62,7 +67,10 @@ class SmpProgram(Program):
                     f"({str(width)[:20]} in block {index + 1}). The file is damaged or "
                     "mislabelled."
                 )
-        program = cls(config)
+        # Twice: parts may be made again, as the first convolution is.
+        most = 2 * sum(tensor.numel() for tensor in tensors.values()) + _SPARE
+        with _at_most(most):
+            program = cls(config)
         wanted = program.state_dict()
         for name, tensor in tensors.items():
             if name in wanted and tensor.dtype != wanted[name].dtype:
@@ -87,6 +95,25 @@ class SmpProgram(Program):
         """Compute the network; see `Program.forward`."""
         result: Tensor = self.network(image)
         return result
+
+
+@contextmanager
+def _at_most(weights: int) -> Iterator[None]:
+    """Let no network be made here that has more weights; encoders have up to 10^9."""
+    left, mine = weights, threading.get_ident()
+
+    def take(_: nn.Module, __: str, parameter: Tensor | None) -> None:
+        nonlocal left
+        if parameter is not None and threading.get_ident() == mine:
+            left -= parameter.numel()
+            if left < 0:
+                raise ValueError("it has more weights than the file")
+
+    hook = register_module_parameter_registration_hook(take)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def import_smp() -> ModuleType:
@@ -127,7 +154,7 @@ def _build(config: ProgramConfig) -> Any:
         raise BadModel(
             "segmentation_models_pytorch cannot make its network with the encoder "
             f"{config.option('encoder_name')!r}: {_short(error)}. Install the version "
-            "that wrote the file."
+            "that wrote the file, or get it again with its own config.json."
         ) from error
 
 
