@@ -94,6 +94,77 @@ class Milesial(nn.Module):
         return self.outc(x)
 
 
+class OldMilesial(nn.Module):
+    """milesial/Pytorch-UNet before 2019: other names, half the channels upsampled."""
+
+    def __init__(self, n_channels, n_classes, bilinear=True, width=4):
+        super().__init__()
+
+        def double(start, end):
+            return Wrap(
+                conv=nn.Sequential(
+                    nn.Conv2d(start, end, 3, padding=1),
+                    nn.BatchNorm2d(end),
+                    nn.ReLU(),
+                    nn.Conv2d(end, end, 3, padding=1),
+                    nn.BatchNorm2d(end),
+                    nn.ReLU(),
+                )
+            )
+
+        widths = [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        self.inc = Wrap(conv=double(n_channels, width))
+        for step, (start, end) in enumerate(pairwise(widths), start=1):
+            pooled = nn.Sequential(nn.MaxPool2d(2), double(start, end))
+            self.add_module(f"down{step}", Wrap(mpconv=pooled))
+        for step, end in enumerate([*widths[-3::-1], width], start=1):
+            half = widths[4 - step]
+            if bilinear:
+                up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+            else:
+                up = nn.ConvTranspose2d(half, half, 2, stride=2)
+            self.add_module(f"up{step}", Wrap(up=up, conv=double(2 * half, end)))
+        self.outc = Wrap(conv=nn.Conv2d(width, n_classes, 1))
+
+    forward = Milesial.forward
+
+
+class PathUNet(nn.Module):
+    """jvanvugt/pytorch-unet: ReLU before the norm, the upsampled map first."""
+
+    def __init__(self, inputs=1, outputs=2, depth=4, wf=2, norm=True, mode="upconv"):
+        super().__init__()
+
+        def block(start, end):
+            layers = []
+            for first in (start, end):
+                layers += [nn.Conv2d(first, end, 3, padding=1), nn.ReLU()]
+                layers += [nn.BatchNorm2d(end)] if norm else []
+            return Wrap(block=nn.Sequential(*layers))
+
+        widths = [inputs, *(2 ** (wf + level) for level in range(depth))]
+        self.down_path = nn.ModuleList(block(*pair) for pair in pairwise(widths))
+        self.up_path = nn.ModuleList()
+        for start, end in pairwise(widths[:0:-1]):
+            if mode == "upconv":
+                up = nn.ConvTranspose2d(start, end, 2, stride=2)
+            else:
+                grow = nn.Upsample(mode="bilinear", scale_factor=2)
+                up = nn.Sequential(grow, nn.Conv2d(start, end, 1))
+            self.up_path.append(Wrap(up=up, conv_block=block(start, end)))
+        self.last = nn.Conv2d(widths[1], outputs, 1)
+
+    def forward(self, x):
+        maps = []
+        for down in self.down_path:
+            x = down(functional.max_pool2d(x, 2) if maps else x)
+            maps.append(x)
+        maps.pop()
+        for part in self.up_path:
+            x = part.conv_block(torch.cat([part.up(x), maps.pop()], 1))
+        return self.last(x)
+
+
 class Buda(nn.Module):
     """mateuszbuda/brain-segmentation-pytorch; ends in a sigmoid."""
 

@@ -19,7 +19,9 @@ from originals import (
     DownConv,
     Milesial,
     Monai,
+    OldMilesial,
     OneConvolution,
+    PathUNet,
     Segmentify,
     TorchEM,
     Walkthrough,
@@ -67,6 +69,20 @@ VALID = ((188, 204),)
 CASES = {
     "milesial": case(lambda: Milesial(3, 2), milesial_file, ODD, in_channels=3),
     "milesial-old": case(lambda: Milesial(1, 1, bias=True), sizes=ODD, num_classes=1),
+    "milesial-2018": case(
+        lambda: OldMilesial(3, 1),
+        sizes=ODD,
+        in_channels=3,
+        upsampling="bilinear",
+        align_corners=True,
+    ),
+    "milesial-2018-transposed": case(lambda: OldMilesial(1, 2, False), sizes=ODD),
+    "jvanvugt": case(PathUNet, norm_place="after_activation", upsampling="transposed"),
+    "jvanvugt-upsample": case(
+        lambda: PathUNet(mode="upsample", norm=False),
+        norm=None,
+        upsampling="bilinear",
+    ),
     "milesial-bilinear": case(
         lambda: Milesial(1, 4, bilinear=True),
         milesial_file,

@@ -47,3 +47,13 @@ def test_its_other_upsamplings_are_refused_by_name(basic_unet, upsample):
         BadModel, match=r"closest to MONAI BasicUNet.*upcat_4\.upsample"
     ):
         recognise(state)
+
+
+def test_norms_that_look_alike_are_told_of(basic_unet):
+    """A group norm has the tensors of an instance norm."""
+    group = ("group", {"num_groups": 4})
+    made = basic_unet(features=(4, 4, 8, 16, 32, 4), norm=group)
+    model = recognise(made.state_dict())
+    assert "does not say whether another activation, or group norms" in (
+        model.passport.description
+    )

@@ -22,6 +22,7 @@ class Nameless(nn.Module):
         depth=2,
         norm=True,
         norm_first=False,
+        norm_last=False,
         bare=False,
         ndim=2,
         inputs=1,
@@ -39,8 +40,11 @@ class Nameless(nn.Module):
             for first in (start, *(end,) * (convs - 1)):
                 norms = [batch(first if norm_first else end)] if norm else []
                 one = [conv(first, end, 3, padding=1)]
-                layers += [*norms, *one] if norm_first else [*one, *norms]
-                layers.append(nn.ReLU())
+                layers += [*norms, *one] if norm_first else one
+                layers += (
+                    [nn.ReLU()] if norm_first or norm_last else [*norms, nn.ReLU()]
+                )
+                layers += norms if norm_last else []
             return nn.Sequential(*layers)
 
         widths = [inputs, *(width << level for level in range(depth + 1))]
@@ -89,6 +93,7 @@ class Nameless(nn.Module):
         {"convs": 1, "norm": False, "depth": 3},
         {"convs": 3, "inputs": 3, "outputs": 1},
         {"norm_first": True},
+        {"norm_last": True, "depth": 3},
         {"bare": True},
         {"bare": True, "convs": 1, "depth": 4, "width": 2},
         {"ndim": 3, "depth": 1, "norm": False},

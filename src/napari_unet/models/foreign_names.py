@@ -93,10 +93,10 @@ FAMILIES = (
     Family(
         "milesial/Pytorch-UNet",
         _layers("""
-            encoder inc.double_conv.<I>
-            encoder down<L>.maxpool_conv.1.double_conv.<I>
+            encoder inc.(?:double_conv|conv.conv).<I>
+            encoder down<L>.(?:maxpool_conv.1.double_conv|mpconv.1.conv).<I>
             up up<L>.up
-            decoder up<L>.conv.double_conv.<I>
+            decoder up<L>.conv.(?:double_conv|conv).<I>
             head outc.conv
         """),
         _EIGHT_BIT,
@@ -158,9 +158,21 @@ FAMILIES = (
             head final_conv
         """),
         known="its activation is the default one, a LeakyReLU of slope 0.1",
-        unknown="whether another activation was chosen when it was trained",
+        unknown="whether another activation, or group norms instead of instance norms, "
+        "were chosen when it was trained",
         plain_norm="instance",
         negative_slope=0.1,
+    ),
+    Family(
+        "jvanvugt/pytorch-unet",
+        _layers("""
+            encoder down_path.<L>.block.<I>
+            up up_path.<L>.up(?:.1)?
+            decoder up_path.<L>.conv_block.block.<I>
+            head last
+        """),
+        unknown="whether its convolutions were padded (it is taken for granted)",
+        up_first=True,
     ),
     Family(
         "U-Net of down_convolution_1 … up_convolution_4",

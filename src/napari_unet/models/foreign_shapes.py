@@ -18,9 +18,9 @@ SHAPE_ONLY = Family(
     (),
     bare_upsampling="bilinear",
     unknown="more than shapes, so that these were taken for granted: padding that "
-    "keeps the size, ReLUs, the skip connection first where maps are joined, bilinear "
-    "interpolation where no weights of an upsampling are stored. Compare the result "
-    "with that of its own program",
+    "keeps the size, max-pooling, ReLUs, the skip connection first where maps are "
+    "joined, bilinear interpolation where no weights of an upsampling are stored. "
+    "Compare the result with that of its own program",
 )
 
 
@@ -83,8 +83,17 @@ def _sort_out(
         names = list(layers)
         if names.index(norms[0]) < names.index(convs[0]):
             place = "before_convolution"
+        elif all(_gap(*pair) == 2 for pair in zip(convs, norms, strict=True)):
+            place = "after_activation"  # whose number is the one between
     blocks = [Convolution(*pair) for pair in zip_longest(convs, norms)]
     return blocks, place, ups, head
+
+
+def _gap(conv: str, norm: str) -> int:
+    """Return by how much a norm's number is the higher one, 0 if they have none."""
+    (block, _, first), (same, _, second) = conv.rpartition("."), norm.rpartition(".")
+    numbered = block == same and first.isdecimal() and second.isdecimal()
+    return int(second) - int(first) if numbered else 0
 
 
 def _side(layer: Layer) -> int:
