@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from napari_unet.inference.runs import bands
-from napari_unet.steps import Progress, run_to_end
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,7 +24,7 @@ def grow_objects(labels: NDArray, pixels: int) -> NDArray:
     return run_to_end(grow_steps(labels, pixels))
 
 
-def grow_steps(labels: NDArray, pixels: int) -> Generator[Progress, None, NDArray]:
+def grow_steps(labels: NDArray, pixels: int) -> Generator[None, None, NDArray]:
     """Grow objects by some pixels, as far as the middle between two.
 
     Parameters
@@ -36,7 +36,8 @@ def grow_steps(labels: NDArray, pixels: int) -> Generator[Progress, None, NDArra
 
     Yields
     ------
-    Progress
+    None
+        Many times a second, unless objects grow by many pixels.
 
     Returns
     -------
@@ -58,8 +59,8 @@ def grow_steps(labels: NDArray, pixels: int) -> Generator[Progress, None, NDArra
     # Of several as near, the one that the distance transform would find.
     offsets.sort(key=lambda offset: (_square(offset), offset[::-1]))
     grown = labels.copy()
-    for done, band in enumerate(places := bands(labels.shape)):
-        yield Progress(done, len(places), "making objects")
+    for band in bands(labels.shape):
+        yield
         low = max(band.start - pixels, 0)
         around = labels[low : band.stop + pixels]
         inner = slice(band.start - low, band.stop - low)

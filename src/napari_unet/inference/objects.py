@@ -11,7 +11,6 @@ from napari_unet.inference.classify import code_type, encode
 from napari_unet.inference.grow import grow_steps
 from napari_unet.inference.runs import Runs, bands
 from napari_unet.inference.split import split_touching_steps
-from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -87,7 +86,7 @@ def _add_up(
 
 def find_objects_steps(
     probabilities: NDArray, kinds: Sequence[str], settings: ObjectSettings
-) -> Generator[Progress, None, Objects]:
+) -> Generator[None, None, Objects]:
     """Find the objects of all classes of a model in one plane or volume.
 
     Parameters
@@ -104,8 +103,8 @@ def find_objects_steps(
 
     Yields
     ------
-    Progress
-        Several times a second.
+    None
+        Many times a second.
 
     Returns
     -------
@@ -115,8 +114,8 @@ def find_objects_steps(
     """
     shape = probabilities.shape[1:]
     finder = ObjectFinder(shape, kinds, settings)
-    for done, band in enumerate(places := bands(shape)):
-        yield Progress(done, len(places), "making objects")
+    for band in bands(shape):
+        yield
         finder.add(band, probabilities[:, band])
     return (yield from finder.find_steps())
 
@@ -159,7 +158,7 @@ class ObjectFinder:
         codes *= _is_decided(codes, self._kinds)
         self._found.append(Runs.gather(self._shape, [(band, codes)]))
 
-    def find_steps(self) -> Generator[Progress, None, Objects]:
+    def find_steps(self) -> Generator[None, None, Objects]:
         """Make objects of what was added; see `find_objects_steps`."""
         runs = Runs.merge(self._found)
         first = len(self._kinds) + 1 if "region" in self._kinds else 1
@@ -180,7 +179,7 @@ class ObjectFinder:
 
     def _number_steps(
         self, runs: Runs, index: int
-    ) -> Generator[Progress, None, tuple[Runs, NDArray[np.int64]]]:
+    ) -> Generator[None, None, tuple[Runs, NDArray[np.int64]]]:
         """Return pieces of a class, and the number of the object that each is."""
         if self._codes is None:
             pieces = runs.valued(runs.join()[0] + 1)
@@ -202,7 +201,7 @@ def _is_decided(codes: NDArray, kinds: Sequence[str]) -> NDArray:
 
 def _shape_steps(
     runs: Runs, codes: NDArray, index: int, settings: ObjectSettings
-) -> Generator[Progress, None, tuple[Runs, NDArray[np.int64]]]:
+) -> Generator[None, None, tuple[Runs, NDArray[np.int64]]]:
     """Split and grow the objects of a class.
 
     Returns
@@ -220,8 +219,8 @@ def _shape_steps(
     if settings.grow:
         labels = yield from grow_steps(labels, settings.grow)
     met_certain = False
-    for done, band in enumerate(places := bands(codes.shape)):
-        yield Progress(done, len(places), "making objects")
+    for band in (places := bands(codes.shape)):
+        yield
         certain = (codes[band] >> 1) != index
         if labels[band][certain].any():
             # Neither filled as a hole nor grown into: nor across, which leaves crumbs.

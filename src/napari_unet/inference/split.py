@@ -12,7 +12,6 @@ from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
 from napari_unet.inference.runs import Runs
-from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -44,7 +43,7 @@ def components(mask: NDArray) -> NDArray:
     return labels
 
 
-def split_touching_steps(runs: Runs) -> Generator[Progress, None, Runs]:
+def split_touching_steps(runs: Runs) -> Generator[None, None, Runs]:
     """Fill small holes, which would attract cuts, and cut objects at their necks.
 
     Parameters
@@ -54,7 +53,8 @@ def split_touching_steps(runs: Runs) -> Generator[Progress, None, Runs]:
 
     Yields
     ------
-    Progress
+    None
+        For each part.
 
     Returns
     -------
@@ -70,12 +70,13 @@ def split_touching_steps(runs: Runs) -> Generator[Progress, None, Runs]:
         component, count = runs.join()
     low, high = runs.boxes(component, count)
     group_of = _groups(low, high)
-    groups = int(group_of.max(initial=-1)) + 1
     order = np.argsort(group_of[component], kind="stable")
-    ends = np.cumsum(np.bincount(group_of[component], minlength=groups))
+    ends = np.cumsum(
+        np.bincount(group_of[component], minlength=int(group_of.max(initial=-1)) + 1)
+    )
     found, count = [], 0
     for group, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
-        yield Progress(group, groups, "making objects")
+        yield
         of_group = group_of == group
         corner = np.maximum(low[of_group].min(axis=0) - CONTEXT, 0).tolist()
         far = (high[of_group].max(axis=0) + CONTEXT).tolist()

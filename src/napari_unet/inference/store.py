@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import numpy as np
 import psutil
@@ -15,16 +15,19 @@ import zarr
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings, ObjectTable
 from napari_unet.inference.objects import find_objects_steps
+from napari_unet.inference.part import label_part
 from napari_unet.inference.segment import Numbering, foreground
 from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
     from numpy.typing import NDArray
 
     from napari_unet.inference.predict import PredictOptions
     from napari_unet.models.model import Model
+
+Result = TypeVar("Result")
 
 MAX_BYTES = 2 << 30  # of probabilities in memory; beyond, a temporary zarr
 
@@ -89,7 +92,10 @@ class ProbabilityStore:
             self._covered.add(tuple(unit[axis] for axis in self._loop))
 
     def label_steps(
-        self, model: Model, settings: ObjectSettings
+        self,
+        model: Model,
+        settings: ObjectSettings,
+        first: Mapping[str, slice] | None = None,
     ) -> Generator[Progress, None, tuple[ProbabilityStore, NDArray, ObjectTable]]:
         """Make objects of everything that is covered.
 
@@ -99,6 +105,9 @@ class ProbabilityStore:
             Says which classes are objects.
         settings : ObjectSettings
             How objects are made.
+        first : mapping of str to slice, optional
+            By axis letter, what somebody looks at: it comes as `LabelledPart`
+            before all else, if it is much smaller than the whole.
 
         Yields
         ------
@@ -114,27 +123,61 @@ class ProbabilityStore:
         table : ObjectTable
             One row for each object.
         """
-        labels = np.zeros(self.shape[1:], dtype=np.uint32)
-        numbering = Numbering(model.passport)
         kinds = [info.kind for info in model.passport.classes[1:]]
+        if first is not None and (box := self._place(first)):
+            part = label_part(self.data, box, self._loop, kinds, settings)
+            if part is not None:
+                yield part
+        numbering = Numbering(model.passport)
+        labels: NDArray | None = None
         table = ObjectTable()
         for done, where in enumerate(sorted(self._covered)):
-            yield Progress(done, len(self._covered), "making objects")
+            step = Progress(done, len(self._covered), "making objects")
             unit = dict(zip(self._loop, where, strict=True))
             place = tuple(unit.get(axis, slice(None)) for axis in self.axes)
             probabilities = np.asarray(self.data[(slice(None), *place)])
-            objects = yield from find_objects_steps(probabilities, kinds, settings)
-            first = numbering.next_label
+            finding = find_objects_steps(probabilities, kinds, settings)
+            objects = yield from _ticking(finding, step)
+            number = numbering.next_label
             numbers = numbering.renumber(objects.runs.value, objects.classes)
-            if numbers.dtype != labels.dtype:
-                labels = labels.astype(numbers.dtype)
+            labels = _make_room(labels, self.shape[1:], numbering.next_label)
             objects.runs.valued(numbers).paint(labels[place])
-            table.add(
-                objects.describe(probabilities),
-                first,
-                dict(zip(self._loop, where, strict=True)),
-            )
+            yield step
+            table.add(objects.describe(probabilities), number, unit)
+        if labels is None:
+            labels = _make_room(labels, self.shape[1:], 0)
         return self, labels, table
+
+    def _place(self, box: Mapping[str, slice]) -> dict[str, slice]:
+        """Complete a box by all axes; it is empty where nothing is covered."""
+        sides = zip(self.axes, self.shape[1:], strict=True)
+        place = {axis: box.get(axis, slice(0, n)) for axis, n in sides}
+        where = tuple(place[axis].start for axis in self._loop)
+        return place if where in self._covered else {}
+
+
+def _ticking(
+    steps: Generator[None, None, Result], tick: Progress
+) -> Generator[Progress, None, Result]:
+    """Yield the same progress for each step."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        yield tick
+
+
+def _make_room(labels: NDArray | None, shape: tuple[int, ...], largest: int) -> NDArray:
+    """Return an array that can hold a label, with what is in it so far."""
+    # Viewers draw 16 bits much faster; half of them are left for labels to come.
+    dtype = np.dtype(np.uint16 if largest < 1 << 15 else np.uint32)
+    if largest >= 1 << 32:
+        dtype = np.dtype(np.uint64)
+    if labels is None:
+        return np.zeros(shape, dtype=dtype)
+    return labels if labels.itemsize >= dtype.itemsize else labels.astype(dtype)
 
 
 def segment_stored_steps(

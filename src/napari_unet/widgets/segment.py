@@ -14,6 +14,7 @@ from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
 from napari_unet.errors import UnetError
 from napari_unet.inference.backends import DEVICES
 from napari_unet.inference.instances import ObjectSettings, ObjectTable
+from napari_unet.inference.part import LabelledPart
 from napari_unet.inference.store import ProbabilityStore, segment_stored_steps
 from napari_unet.widgets import _layers, _session
 from napari_unet.widgets._dock import (
@@ -26,6 +27,7 @@ from napari_unet.widgets._dock import (
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
+from napari_unet.widgets._part import PartOnShow
 from napari_unet.widgets._running import (
     choose_averaging,
     choose_device,
@@ -111,6 +113,7 @@ class SegmentWidget(Dock):
         self._runs: weakref.WeakKeyDictionary[Image, _Run]
         self._runs = weakref.WeakKeyDictionary()  # the last one of each image
         self._edited: weakref.WeakSet[Labels] = weakref.WeakSet()
+        self._part = PartOnShow()
         self._again = False
         self._notes: list[str] = []
         self._relabel_timer = QTimer(self)
@@ -316,7 +319,15 @@ class SegmentWidget(Dock):
             return
         model = self._run.model
         settings = self._object_settings(model)
-        self._start(self._store.label_steps(model, settings), "Making objects")
+        steps = self._store.label_steps(model, settings, self._seen(self._run))
+        self._start(steps, "Making objects")
+
+    def _seen(self, run: _Run) -> dict[str, slice] | None:
+        """Return what the canvas shows of the image that a run was started with."""
+        layer = run.layer()
+        if layer is None or layer not in self._viewer.layers or run.stale:
+            return None
+        return _layers.looked_at(self._viewer, layer, run.axes, run.model.ndim, 1)
 
     def _start(self, steps: Generator[Progress, None, Any], title: str) -> None:
         self._notes = []
@@ -335,6 +346,7 @@ class SegmentWidget(Dock):
     def _cancel(self) -> None:
         if self._worker is not None:
             self._worker.quit()
+            self._part.take_back()
             there = "" if self._run is None else " The labels are as they were."
             self._job.status.setText(f"Cancelled.{there}")
 
@@ -345,9 +357,21 @@ class SegmentWidget(Dock):
             show_info(step.note)
         if self._worker is not None and not self._worker.abort_requested:
             self._job.show_progress(step)
+            if isinstance(step, LabelledPart):
+                self._show_part(step)
+
+    def _show_part(self, part: LabelledPart) -> None:
+        """Show the new objects where somebody looks at, ahead of the others."""
+        layer = None if self._run is None else self._run.labels
+        if layer is None or layer not in self._viewer.layers or layer in self._edited:
+            return
+        numbers = layer.features.get("index", ())
+        last = int(max(numbers)) if len(numbers) else 0
+        self._part.show(layer, part, max(last + 1, part.first))
 
     @while_alive
     def _on_error(self, message: str) -> None:
+        self._part.take_back()
         self._job.status.setText(message)
 
     def _release(self) -> None:
@@ -370,6 +394,7 @@ class SegmentWidget(Dock):
         assert run is not None
         self._run = run
         self._store, data, table = result
+        self._part.forget()
         words = [f"Done in {self._job.seconds:.1f} s.", *self._notes]
         if run.stale:
             words.append("The image has changed meanwhile: segment it again.")
