@@ -9,6 +9,7 @@ from scipy import ndimage
 from skimage import draw
 from whole_image import EXAMPLES, random_image, trained_model
 
+from napari_unet.inference import segment as segment_module
 from napari_unet.inference.instances import (
     ObjectSettings,
     label_classes,
@@ -453,3 +454,38 @@ def test_a_sigmoid_is_all_foreground():
     threshold = float(np.median(probability))
     labels = segment(image, model, threshold=threshold)
     np.testing.assert_array_equal(labels > 0, probability > threshold)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("axes", ["ZYX", "YZX", "YX"])
+def test_large_planes_go_by_bands_to_the_same_objects(model, monkeypatch, split, axes):
+    """Bands cut through objects, of planes that lie across the axes, too."""
+    image = random_image((1, 3, 100, 60))[0]
+    image = image[0] if axes == "YX" else np.moveaxis(image, 0, axes.index("Z"))
+    image = image.astype(np.float32)
+    image[..., 30:33] = np.nan
+    found = np.sort(predict(image, model, axes=axes)[1], axis=None)
+    found = found[int(0.7 * found.size) :][:500]
+    widest = int(np.diff(found).argmax())  # no rounding reaches over it
+    options = {
+        "axes": axes,
+        "threshold": float(found[widest : widest + 2].mean()),
+        "split_touching": split,
+        "precision": "float32",
+    }
+    whole = segment(image, model, **options)
+    monkeypatch.setattr(segment_module, "BAND_ROWS", 32)
+    steps = segment_module.segment_steps(image, model, **options)
+    ticks = []
+    try:
+        while True:
+            ticks.append(next(steps))
+    except StopIteration as end:
+        labels = end.value
+    assert whole.max() > 10
+    np.testing.assert_array_equal(labels, whole)
+    assert labels.dtype == whole.dtype
+    done = [tick.done for tick in ticks]
+    assert done == sorted(done)
+    assert done[-1] == ticks[-1].total
+    assert sum("NaN" in tick.note for tick in ticks) == 1

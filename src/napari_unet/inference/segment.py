@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import numpy as np
 
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings, label_classes
+from napari_unet.inference.objects import ObjectFinder
 from napari_unet.inference.predict import PredictOptions
 from napari_unet.steps import Progress, run_to_end
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Model, Passport
 
     Made = Future[tuple[NDArray, NDArray, "Found"]]
+
+Result = TypeVar("Result")
+
+BAND_ROWS = 2048  # of a plane: tiles as high waste little on what lies around them
 
 
 class SegmentOptions(PredictOptions, total=False):
@@ -240,6 +245,8 @@ def _steps(
             settings = replace(settings, **{name: value})
     predictor = Predictor(image, model, **options)  # type: ignore[misc]
     try:
+        if not keep and _goes_by_bands(predictor):
+            return (yield from _bands_steps(predictor, settings)), None
         result: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
         kept = np.empty(predictor.output_shape, dtype=np.float32) if keep else None
 
@@ -256,6 +263,87 @@ def _steps(
         return result, kept
     finally:
         predictor.close()
+
+
+def _goes_by_bands(predictor: Predictor) -> bool:
+    """Tell whether planes are large, and what is predicted the same in parts."""
+    rows, *others = (predictor.region[axis] for axis in predictor.source.spatial)
+    is_large = len(others) == 1 and rows.stop - rows.start > BAND_ROWS
+    return is_large and not predictor.model.inexact_reason
+
+
+def _bands_steps(
+    predictor: Predictor, settings: ObjectSettings
+) -> Generator[Progress, None, NDArray]:
+    """Segment planes without keeping more of the probabilities than two bands.
+
+    What is above the threshold in one is looked up while the network computes the
+    next.
+    """
+    kinds = [info.kind for info in predictor.model.passport.classes[1:]]
+    spatial = predictor.source.spatial
+    shape = tuple(predictor.region[a].stop - predictor.region[a].start for a in spatial)
+    bands = [
+        slice(first, min(first + BAND_ROWS, shape[0]))
+        for first in range(0, shape[0], BAND_ROWS)
+    ]
+    numbering = Numbering(predictor.model.passport)
+    labels: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
+    order = [a for a in predictor.source.output_axes if a in spatial]
+    tick = Progress(0, len(predictor.units) * len(bands))
+    for index, unit in enumerate(predictor.units):
+        finder = ObjectFinder(shape, kinds, settings)
+        adding: Future[None] | None = None
+        for number, band in enumerate(bands):
+            region = {axis: slice(i, i + 1) for axis, i in unit.items()}
+            start = predictor.region[spatial[0]].start
+            region[spatial[0]] = slice(start + band.start, start + band.stop)
+            part = predictor.within(region)
+            steps = part.unit_steps(0)
+            before = index * len(bands) + number
+            probabilities, tick = yield from _shifted_steps(
+                steps, before, len(predictor.units) * len(bands), part.total
+            )
+            if adding is not None:
+                yield from _wait_steps(predictor, adding, tick)
+            adding = predictor.submit(finder.add, band, foreground(probabilities))
+        assert adding is not None  # no image is empty
+        yield from _wait_steps(predictor, adding, tick)
+        finding = predictor.submit(run_to_end, finder.find_steps())
+        objects = yield from _wait_steps(predictor, finding, tick)
+        numbers = numbering.renumber(objects.runs.value, objects.classes)
+        labels = labels.astype(numbers.dtype, copy=False)
+        plane = labels[predictor.place(unit)]
+        objects.runs.valued(numbers).paint(
+            plane.transpose([order.index(axis) for axis in spatial])
+        )
+    for note in predictor.last_notes():
+        yield replace(tick, note=note)
+    return labels
+
+
+def _shifted_steps(
+    steps: Generator[Progress, None, NDArray], before: int, parts: int, tiles: int
+) -> Generator[Progress, None, tuple[NDArray, Progress]]:
+    """Count the tiles of a part among those of all parts."""
+    total = parts * tiles
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value, Progress((before + 1) * tiles, total, "making objects")
+        done = before * tiles + min(step.done, tiles)
+        message = f"tile {min(done + 1, total)} of {total}"
+        yield Progress(done, total, message, step.note)
+
+
+def _wait_steps(
+    predictor: Predictor, future: Future[Result], tick: Progress
+) -> Generator[Progress, None, Result]:
+    """Wait with heartbeats."""
+    for _ in predictor.wait_steps(future, 0):
+        yield tick
+    return future.result()
 
 
 def segment(image: Any, model: Model, **options: Unpack[SegmentOptions]) -> NDArray:
