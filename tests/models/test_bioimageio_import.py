@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from onnx_files import node, onnx_file, tensor, value_info
 from packages import Written, make_image, npy, sigmoid
 from PIL import Image
 
@@ -361,6 +362,32 @@ def test_outputs_that_do_not_exclude_each_other_become_classes(tmp_path):
     assert "each combination" in model.passport.description
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_same_of_an_onnx_network(inside, tmp_path):
+    pytest.importorskip("onnxruntime")
+    import torch
+
+    made = Written(outputs=2, before=standard)
+    pixels = standard(made.image.astype(np.float64)).astype(np.float32)
+    kernel = np.array([1, -2], np.float32).reshape(2, 1, 1, 1)
+    each = sigmoid(pixels * kernel.reshape(1, 2, 1, 1))
+    last = [node("Sigmoid", ["c"], ["y"])] if inside else []
+    nodes = [node("Conv", ["x", "w"], ["c" if inside else "y"]), *last]
+    shapes = (value_info("x", [1, 1, None, None]), value_info("y", [1, 2, None, None]))
+    graph = onnx_file(nodes, [tensor("w", kernel)], shapes[:1], shapes[1:])
+    made.files |= {"out.npy": npy(each), "net.onnx": graph}
+    content = made.content([ZERO_MEAN], [] if inside else [{"id": "sigmoid"}])
+    content["weights"] = {"onnx": made.file("net.onnx") | {"opset_version": 17}}
+    content["outputs"][0]["axes"][1]["channel_names"] = ["foreground", "boundary"]
+    model = import_package(made.zip(tmp_path / "a.zip", content))
+    names = [info.name for info in model.passport.classes]
+    assert names[1:] == ["foreground", "boundary", "foreground and boundary"]
+    with torch.inference_mode():
+        joint = model.network(torch.from_numpy(pixels)).softmax(dim=1).numpy()
+    np.testing.assert_allclose(joint[:, 1] + joint[:, 3], each[:, 0], atol=1e-5)
+    np.testing.assert_allclose(joint[:, 2] + joint[:, 3], each[:, 1], atol=1e-5)
+
+
 def test_a_threshold_is_taken_over(tmp_path):
     _, model = package(
         tmp_path,
@@ -472,8 +499,8 @@ def test_several_inputs(tmp_path):
 
 def test_other_axes(tmp_path):
     def change(content, made):
-        for tensor in (content["inputs"][0], content["outputs"][0]):
-            tensor["axes"] = [tensor["axes"][i] for i in (0, 2, 3, 1)]
+        for info in (content["inputs"][0], content["outputs"][0]):
+            info["axes"] = [info["axes"][i] for i in (0, 2, 3, 1)]
         made.files["in.npy"] = npy(np.moveaxis(made.image, 1, -1))
         content["inputs"][0]["test_tensor"] = made.file("in.npy")
 
@@ -517,8 +544,8 @@ def test_the_output_of_another_model(tmp_path):
 def test_without_test_images_the_user_is_told(tmp_path):
     made = Written(before=standard, after=sigmoid)
     content = made.content([ZERO_MEAN], [{"id": "sigmoid"}])
-    for tensor in (*content["inputs"], *content["outputs"]):
-        del tensor["test_tensor"]
+    for info in (*content["inputs"], *content["outputs"]):
+        del info["test_tensor"]
     model = import_package(made.zip(tmp_path / "a.zip", content))
     assert "no test images" in model.passport.description
 

@@ -1,6 +1,7 @@
 import re
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ from hostile_onnx import IMAGE, ONE, RESULT, heavy_onnx, hostile_onnx, small
 from onnx_files import DOUBLE, INT64, node, onnx_file, tensor, unet_file, value_info
 
 from napari_unet.errors import BadModel
+from napari_unet.inference.predict import predict
 from napari_unet.models import onnx as onnx_models
 from napari_unet.models.checkpoint import model_sha256, read_header, save_model
 from napari_unet.models.description import facts
 from napari_unet.models.library import import_model, load_model
 from napari_unet.models.onnx import import_onnx
 from napari_unet.models.onnx_graph import follow, read_graph
+from napari_unet.network.program import build_program
 from napari_unet.network.receptive_field import receptive_field
 
 CASES = [
@@ -91,12 +94,83 @@ def test_a_last_sigmoid_or_softmax_is_seen(last, classes, trained):
     assert told.network.config.outputs == "logits"
 
 
-def test_sigmoids_that_do_not_exclude_each_other_are_told_of(trained):
-    content = unet_file(network_of(trained, num_classes=3), last="Sigmoid")
-    said = import_onnx(content, "cells").passport.description
-    assert (
-        "do not exclude each other; the first one is taken for the background" in said
+def exported(*nodes, weights=(), classes=3, outputs=None):
+    """A 1x1 convolution from "x" to "c", and what follows."""
+    kernel = np.array([1.0, -2.0, 0.5, 3.0], np.float32)[:classes].reshape(-1, 1, 1, 1)
+    first = node("Conv", ["x", "w"], ["c"])
+    result = [value_info("y", [1, outputs or classes, None, None])]
+    return onnx_file([first, *nodes], [tensor("w", kernel), *weights], IMAGE, result)
+
+
+AXES = tensor("a", np.array([1], np.int64))
+BOUNDS = [tensor(n, np.array([v], np.int64)) for n, v in (("s", 1), ("e", 3))]
+SOFTMAXES = {
+    # As torch exports it for older versions of ONNX.
+    "between turns": exported(
+        node("Transpose", ["c"], ["t"], perm=[0, 2, 3, 1]),
+        node("Softmax", ["t"], ["p"], axis=3),
+        node("Transpose", ["p"], ["y"], perm=[0, 3, 1, 2]),
+    ),
+    "as its formula": exported(
+        node("Exp", ["c"], ["p"]),
+        node("ReduceSum", ["p", "a"], ["t"]),
+        node("Div", ["p", "t"], ["y"]),
+        weights=[AXES],
+    ),
+    "without background": exported(
+        node("Softmax", ["c"], ["p"], axis=1),
+        node("Slice", ["p", "s", "e", "a"], ["y"]),
+        weights=[AXES, *BOUNDS],
+        outputs=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_a_softmax_that_is_not_the_last_operator_is_seen(name):
+    model = import_onnx(SOFTMAXES[name], "cells")
+    assert model.network.config.outputs == "probabilities"
+    image = np.random.default_rng(0).normal(size=(1, 1, 16, 16)).astype(np.float32)
+    given = model.network(torch.from_numpy(image)).numpy()[0]
+    bare = np.exp(image[0] * np.array([1, -2, 0.5])[:, None, None])
+    wanted = (bare / bare.sum(axis=0))[-len(given) :]
+    np.testing.assert_allclose(given, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_sigmoids_that_do_not_exclude_each_other_become_classes(classes, tmp_path):
+    model = import_onnx(
+        exported(node("Sigmoid", ["c"], ["y"]), classes=classes), "cells"
     )
+    names = [info.name for info in model.passport.classes]
+    assert names[:4] == ["background", "output 1", "output 2", "output 1 and output 2"]
+    assert len(names) == model.network.config.num_classes == 2**classes
+    assert "may hold in the same pixel" in model.passport.description
+    again = load_model(save_model(model, tmp_path / "ours"))
+    image = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+    found = predict(image, again, device="cpu")
+    pixels = again.passport.normalization.fit(image[None]).apply(image[None])
+    for bit in range(classes):
+        holds = [n for n in range(2**classes) if n >> bit & 1]
+        wanted = 1 / (1 + np.exp(-pixels[0] * [1, -2, 0.5][bit]))
+        np.testing.assert_allclose(found[holds].sum(axis=0), wanted, atol=1e-5)
+
+
+def test_more_sigmoids_are_told_of():
+    content = exported(node("Sigmoid", ["c"], ["y"]), classes=4)
+    model = import_onnx(content, "cells")
+    assert model.network.config.num_classes == 4
+    said = model.passport.description
+    assert "do not exclude each other; the first one is taken for the background" in (
+        said
+    )
+
+
+def test_combinations_that_cannot_be_are_refused():
+    model = import_onnx(exported(node("Sigmoid", ["c"], ["y"]), classes=2), "cells")
+    forged = replace(model.network.config, num_classes=5)
+    with pytest.raises(BadModel, match="damaged"):
+        build_program(forged, model.network.state_dict())
 
 
 def test_convolutions_without_padding_need_a_fixed_size():

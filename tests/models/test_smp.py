@@ -128,6 +128,26 @@ def test_an_activation_is_not_applied_twice(activation, unet, tmp_path):
     assert probabilities.std() > 0
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_sigmoids_of_several_classes(classes, unet, tmp_path):
+    network = unet("resnet18", in_channels=1, classes=classes, activation="sigmoid")
+    network.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    said = model.passport.description
+    if classes == 4:
+        assert_same(model, network)
+        assert "the first one is taken for the background" in said
+        return
+    assert "each combination of them is a class" in said
+    names = [info.name for info in model.passport.classes]
+    assert names == ["background", "output 1", "output 2", "output 1 and output 2"]
+    image = image_for(network)
+    with torch.inference_mode():
+        each, joint = network(image)[0], model.network(image)[0].softmax(dim=0)
+    torch.testing.assert_close(joint[1] + joint[3], each[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(joint[2] + joint[3], each[1], atol=1e-5, rtol=0)
+
+
 def test_a_lightning_checkpoint(unet, tmp_path):
     network = unet("resnet34", in_channels=1)
     state = {f"model.{name}": weight for name, weight in network.state_dict().items()}

@@ -8,11 +8,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from napari_unet.errors import BadModel, NeedsTrust
 from napari_unet.models.bioimageio_description import Description, describe_package
-from napari_unet.models.bioimageio_heads import (
-    classes_named,
-    joint_classes,
-    with_background_first,
-)
 from napari_unet.models.bioimageio_package import open_steps, scratch
 from napari_unet.models.bioimageio_processing import (
     normalization_of,
@@ -20,6 +15,11 @@ from napari_unet.models.bioimageio_processing import (
 )
 from napari_unet.models.bioimageio_test import read_array, reproduce
 from napari_unet.models.foreign import import_checked
+from napari_unet.models.heads import (
+    classes_named,
+    joint_classes,
+    with_background_first,
+)
 from napari_unet.models.model import Model, Passport
 from napari_unet.models.safety import read_checked
 from napari_unet.network.unet import UNet, UNetConfig
@@ -180,7 +180,7 @@ def _network_steps(
 
         halo = max(axis.halo for axis in info.outputs[0].axes) or None
         data = package.read(weights.source, weights.sha256, _MAX_ONNX)
-        return import_onnx(data, info.name, halo=halo).network
+        return import_onnx(data, info.name, halo=halo, combine=False).network
     path = folder / f"weights-{kind}.pt"
     with path.open("wb") as file:
         package.copy(weights.source, weights.sha256, file)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from napari_unet.errors import BadModel, Cancelled
-from napari_unet.models.model import Model, default_passport
+from napari_unet.models.heads import NOT_EXCLUSIVE, classes_named, joint_classes
+from napari_unet.models.model import Model
 from napari_unet.models.onnx_graph import follow, read_graph
+from napari_unet.network.combined import MOST
 from napari_unet.network.onnx import OnnxProgram, open_session
 from napari_unet.network.program import ProgramConfig, settings_of
 
@@ -36,6 +38,7 @@ def import_onnx(
     alignment: int | None = None,
     minimum: int | None = None,
     outputs: Outputs | None = None,
+    combine: bool = True,
 ) -> Model:
     """Make a model of an ONNX network, which then runs as it is.
 
@@ -55,6 +58,9 @@ def import_onnx(
         default found out. Networks of one input shape say so themselves.
     outputs : "logits" or "probabilities", optional
         By default told by its last layer.
+    combine : bool
+        Whether outputs with a sigmoid of their own become classes that exclude each
+        other.
 
     Returns
     -------
@@ -91,11 +97,18 @@ def import_onnx(
         config = _with_fixed_shape(config, weights, image, result)
     else:
         config = _with_legal_sides(config, weights, is_known=alignment is not None)
-    network = OnnxProgram(config, weights).eval()
-    passport = default_passport(network).model_copy(
-        update={"name": name, "description": _description(config, others, taken.last)}
-    )
-    return Model(network, passport)
+    model = Model(OnnxProgram(config, weights).eval())
+    said = _description(config, others, taken.last)
+    each = told == config.outputs == "probabilities" and "Sigmoid" in taken.last
+    if combine and each and 1 < config.num_classes <= MOST:
+        names = [f"output {n + 1}" for n in range(config.num_classes)]
+        model, names, note = joint_classes(model, names)
+        classes = classes_named(model.passport.classes, names)
+        said, update = f"{said} {note}", {"classes": classes}
+    else:
+        update = {}
+    known = update | {"name": name, "description": said}
+    return Model(model.network, model.passport.model_copy(update=known))
 
 
 class _TooMuch(BadModel):
@@ -270,11 +283,8 @@ def _description(config: ProgramConfig, others: int, last: str) -> str:
         sentences.append(f"{others} other outputs of it are not used.")
     if config.outputs == "probabilities":
         sentences.append("Its outputs are probabilities already.")
-        if outs > 1 and "Sigmoid" in last:
-            sentences.append(
-                "They do not exclude each other; the first one is taken for the "
-                "background."
-            )
+        if outs > MOST and "Sigmoid" in last:
+            sentences.append(NOT_EXCLUSIVE)
     else:
         kind = "sigmoid" if outs == 1 else "softmax"
         sentences.append(f"A {kind} makes probabilities of its outputs.")

@@ -40,6 +40,12 @@ _OPERATORS = frozenset(
     """.split()
 )
 _LOOPS = frozenset(("If", "Loop", "Scan", "SequenceMap"))
+# What these give are values that they take.
+_KEEPING = frozenset(
+    """
+    Cast Clip Identity Reshape Resize Slice Squeeze Transpose Unsqueeze Upsample
+    """.split()
+)
 # What these give has no pixels any more.
 _NO_PIXELS = frozenset(("Constant", "ConstantOfShape", "Range", "Shape", "Size"))
 
@@ -74,12 +80,22 @@ class Graph:
 
     @property
     def last(self) -> str:
-        """The operator that makes the output, copies left aside."""
+        """The operator that makes the values of the output.
+
+        What only moves, cuts or repeats them is left aside; a softmax may be written
+        as its formula.
+        """
         made_by = {name: node for node in self.nodes for name in node.outputs}
         node = made_by.get(self.outputs[0]) if self.outputs else None
-        while node is not None and node.kind in ("Identity", "Cast"):
+        for _ in self.nodes:  # no more than there are, should it run in a circle
+            if node is None or node.kind not in _KEEPING or not node.inputs:
+                break
             node = made_by.get(node.inputs[0])
-        return "" if node is None else node.kind
+        if node is None:
+            return ""
+        above = made_by.get(node.inputs[0]) if node.inputs else None
+        is_formula = node.kind == "Div" and above is not None and above.kind == "Exp"
+        return "Softmax" if is_formula else node.kind
 
 
 def read_graph(data: bytes | bytearray) -> Graph:

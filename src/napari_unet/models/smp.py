@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from napari_unet.errors import BadModel
+from napari_unet.models.heads import (
+    NOT_EXCLUSIVE,
+    classes_named,
+    combined_names,
+    note_of_combinations,
+)
 from napari_unet.models.model import Model, default_passport
+from napari_unet.network.combined import MOST, combinations
 from napari_unet.network.program import ProgramConfig, build_program
 from napari_unet.network.smp import SETTINGS, import_smp
 
@@ -118,6 +125,10 @@ def import_unet(
             f"Its activation {str(activation)[:40]!r} does not give probabilities of "
             "classes. Save it again with activation=None."
         )
+    names, note = [f"output {n + 1}" for n in range(len(state[_HEAD]))], ""
+    if activation == "sigmoid" and len(names) > 1:
+        state, settings, note = _exclusive(state, settings, names)
+        activation = settings["activation"]
     config = ProgramConfig.from_dict(
         {
             "kind": "smp",
@@ -130,9 +141,32 @@ def import_unet(
         }
     )
     network = build_program(config, _complete(state))
-    description = _description(config, grounds, told is None)
+    description = f"{_description(config, grounds, told is None)} {note}".strip()
     passport = default_passport(network)
-    return Model(network, passport.model_copy(update={"description": description}))
+    classes = passport.classes
+    if len(classes) == 1 << len(names) and note:
+        classes = classes_named(classes, combined_names(names))
+    update = {"description": description, "classes": classes}
+    return Model(network, passport.model_copy(update=update))
+
+
+def _exclusive(
+    state: dict[str, Tensor], settings: dict[str, Any], names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Make exclusive classes of outputs that each have a sigmoid, if they are few.
+
+    The last convolution then gives their logits; a note says what was done.
+    """
+    if len(names) > MOST:
+        return state, settings, NOT_EXCLUSIVE
+    matrix = combinations(len(names))
+    head = {
+        name: torch.tensordot(matrix, state[name], dims=1)
+        for name in (_HEAD, _HEAD.replace("weight", "bias"))
+        if name in state
+    }
+    changed = settings | {"activation": None}
+    return state | head, changed, note_of_combinations(names)
 
 
 def _hint(tree: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import psutil
 import torch
 
 from napari_unet.errors import BadModel, Cancelled
-from napari_unet.network.program import Program, ProgramConfig
+from napari_unet.network.combined import MOST, combine
+from napari_unet.network.program import Program, ProgramConfig, settings_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -36,7 +38,9 @@ class OnnxProgram(Program):
     Parameters
     ----------
     config : ProgramConfig
-        Its setting "output" is the name of what is taken of the graph's outputs.
+        Its setting "output" is the name of what is taken of the graph's outputs. With
+        "combined", "logits" or "probabilities", this is what the graph gives for each
+        of some outputs whose combinations are the classes.
     graph : uint8 Tensor of shape (bytes,)
         The content of the file.
     device : str
@@ -60,7 +64,9 @@ class OnnxProgram(Program):
         memory: int | None = None,
     ):
         super().__init__(config)
-        if graph.dtype != torch.uint8 or graph.ndim != 1:
+        how, count = config.option("combined"), config.num_classes
+        is_power = count in (1 << n for n in range(2, MOST + 1))
+        if graph.dtype != torch.uint8 or graph.ndim != 1 or (how and not is_power):
             raise BadModel("Its ONNX graph is damaged. Get the file again.")
         self.register_buffer("graph", graph)
         self._session = open_session(graph.numpy().tobytes(), device, memory)
@@ -118,7 +124,8 @@ class OnnxProgram(Program):
         config = self.config
         found = torch.from_numpy(self.compute(image.float().cpu().numpy()))
         sides = [side - 2 * config.shrink for side in image.shape[2:]]
-        wanted = (image.shape[0], config.num_classes, *sides)
+        how, count = config.option("combined"), config.num_classes
+        wanted = (image.shape[0], count.bit_length() - 1 if how else count, *sides)
         if found.dtype != torch.float32 or found.shape != wanted:
             raise BadModel(
                 f"The ONNX network gave {found.dtype} of shape {tuple(found.shape)} "
@@ -126,7 +133,21 @@ class OnnxProgram(Program):
                 f"{' x '.join(map(str, image.shape[2:]))} pixels. Export it again with "
                 "a fixed input size."
             )
+        if how:
+            found = combine(found, are_probabilities=how == "probabilities")
         return found.to(image.device)
+
+    def with_combinations(self) -> OnnxProgram:
+        """Return it with a class for every combination of its outputs."""
+        config = self.config
+        settings = dict(config.settings) | {"combined": config.outputs}
+        changed = replace(
+            config,
+            num_classes=1 << config.num_classes,
+            outputs="logits",
+            settings=settings_of(settings),
+        )
+        return OnnxProgram(changed, self.graph).eval()
 
     def compute(self, image: NDArray[np.float32]) -> NDArray[Any]:
         """Run the graph on numpy arrays; what it gives is not looked at."""

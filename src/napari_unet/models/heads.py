@@ -1,4 +1,4 @@
-"""Other people's outputs as our classes: the last, 1x1 convolution is rearranged.
+"""Other people's outputs as our classes.
 
 Ours exclude each other, and the first one is the background.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import torch
 
 from napari_unet.errors import BadModel
 from napari_unet.models.model import ClassInfo, Model
+from napari_unet.network.combined import MOST, combinations
+from napari_unet.network.onnx import OnnxProgram
 from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
@@ -22,58 +25,63 @@ _BACKGROUND = re.compile(r"\b(background|bg|bkg)\b", re.IGNORECASE)
 _BORDER = re.compile(
     r"bound|border|edge|membrane|outline|contour|affinit", re.IGNORECASE
 )
+NOT_EXCLUSIVE = (
+    "They do not exclude each other; the first one is taken for the background."
+)
 _NUMBERED = re.compile(r"(channel|output|probability|class)[ _]?\d*", re.IGNORECASE)
-_MOST = 3  # outputs that are not exclusive; 8 classes
 
 
 def joint_classes(model: Model, names: list[str]) -> tuple[Model, list[str], str]:
     """Make exclusive classes of outputs that each have a sigmoid of their own.
 
-    Their combinations exclude each other, and the logit of a combination is the sum
-    of those of its parts, so that nothing is lost: the probability of an output is the
-    sum over the combinations that contain it.
-
     Parameters
     ----------
     model : Model
-        With two or three outputs.
+        With two outputs or more.
     names : list of str
         Of the outputs.
 
     Returns
     -------
     model : Model
-        With a class for every combination; none of them is the background.
+        With a class for every combination, as `napari_unet.network.combined` says.
     names : list of str
-        Of the classes.
+        Of the classes, the background first.
     note : str
         What was done, as a sentence.
 
     Raises
     ------
     BadModel
-        If there are more outputs, or the network runs as it is.
+        If there are more outputs, or the network is one that cannot be rearranged.
     """
-    if not isinstance(model.network, UNet) or len(names) > _MOST:
+    network = model.network
+    if not isinstance(network, UNet | OnnxProgram) or len(names) > MOST:
         raise BadModel(
             f"Its {len(names)} outputs ({', '.join(names)[:100]}) do not exclude each "
             "other, as the classes of napari-unet do. Use the package in its own "
             "program, or choose another model."
         )
-    parts = [
-        [bit for bit in range(len(names)) if number >> bit & 1]
-        for number in range(1 << len(names))
-    ]
-    matrix = torch.zeros(len(parts), len(names))
-    for row, bits in zip(matrix, parts, strict=True):
-        row[bits] = 1
-    combined = [" and ".join(names[bit] for bit in bits) for bits in parts]
-    combined[0] = "background"
-    note = (
+    changed: UNet | OnnxProgram
+    if isinstance(network, UNet):
+        changed = _with_head(network, combinations(len(names)))
+    else:
+        changed = network.with_combinations()
+    return Model(changed), combined_names(names), note_of_combinations(names)
+
+
+def combined_names(names: list[str]) -> list[str]:
+    """Return the names of all combinations of outputs."""
+    rows = combinations(len(names)).bool().tolist()
+    return ["background", *(" and ".join(compress(names, row)) for row in rows[1:])]
+
+
+def note_of_combinations(names: list[str]) -> str:
+    """Say what was done with outputs of these names, as a sentence."""
+    return (
         f"Its {len(names)} outputs ({', '.join(names)}) may hold in the same pixel; "
         "here each combination of them is a class of its own."
     )
-    return Model(_with_head(model.network, matrix)), combined, note
 
 
 def with_background_first(
