@@ -26,7 +26,7 @@ import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cc3d
 import numpy as np
@@ -37,6 +37,9 @@ from napari_unet.inference.instances import ObjectSettings
 from napari_unet.inference.objects import find_objects_steps
 from napari_unet.inference.split import components, largest_hole, split_at_necks
 from napari_unet.steps import run_to_end
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NOWHERE = np.iinfo(np.int64).max
 GPU_SPEED = 275e6  # pixels a second: compiled raw forward of 31 M parameters, one H200
@@ -176,16 +179,14 @@ def peak_bytes() -> int:
 
 def compare(
     side: int, count: int, wanted: list[ObjectSettings]
-) -> list[tuple[ObjectSettings, dict[str, Any], dict[str, Any]]]:
+) -> Iterator[tuple[ObjectSettings, dict[str, Any], dict[str, Any]]]:
     """Measure both ways for each settings, each in a process of its own."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "probability.npy"
         np.save(file, draw_probabilities(side, count))
         for settings in wanted:
             ours, peer = (in_child(way, file, settings) for way in WAYS)
-            rows.append((settings, ours, peer))
-    return rows
+            yield settings, ours, peer
 
 
 def in_child(way: str, file: Path, settings: ObjectSettings) -> dict[str, Any]:
@@ -233,14 +234,16 @@ def main() -> None:
     )
     for settings, ours, peer in compare(options.side, options.objects, wanted):
         name = f"grow {settings.grow}" + ", split" * settings.split_touching
-        seconds = [one["labels"] + one["table"] for one in (ours, peer)]
-        same = ours["digest"] == peer["digest"]
-        print(
-            f"  {name:14} {ours['objects']} objects, labels "
-            f"{'equal' if same else 'DIFFER'}: {ours['labels']:.2f} + "
-            f"{ours['table']:.2f} s, {ours['bytes'] / 1e6:.0f} MB; peer {peer['labels']:.2f} + {peer['table']:.2f} s, "
-            f"{peer['bytes'] / 1e6:.0f} MB; {seconds[1] / seconds[0]:.1f} x"
-        )
+        same = "equal" if ours["digest"] == peer["digest"] else "DIFFERENT"
+        print(f"  {name}: {ours['objects']} objects, labels {same}", flush=True)
+        seconds = []
+        for way, one in (("ours", ours), ("peer", peer)):
+            seconds.append(one["labels"] + one["table"])
+            print(
+                f"    {way} {one['labels']:.2f} + {one['table']:.2f} s, "
+                f"{one['bytes'] / 1e6:.0f} MB"
+            )
+        print(f"    ratio {seconds[1] / seconds[0]:.1f}")
     print(f"  31 M parameters on one H200, raw forward: {pixels / GPU_SPEED:.2f} s")
     if options.network:
         print(f"  nuclei on this machine: {network_seconds(pixels):.1f} s")
