@@ -9,6 +9,7 @@ from whole_image import trained_model
 
 from napari_unet.inference import store as store_module
 from napari_unet.inference.instances import ObjectSettings
+from napari_unet.inference.part import LabelledPart
 from napari_unet.inference.segment import segment
 from napari_unet.inference.store import segment_stored_steps
 from napari_unet.steps import run_to_end
@@ -86,3 +87,70 @@ def test_cancelled_run_keeps_what_was_there(model, stack):
     next(steps)
     steps.close()
     np.testing.assert_array_equal(store.data, before)
+
+
+def filled(probabilities: np.ndarray) -> store_module.ProbabilityStore:
+    """A store of planes (class, Z, Y, X) that are all covered."""
+    kept = store_module.ProbabilityStore(probabilities.shape, "ZYX", "Z")
+    kept.data[:] = probabilities
+    kept._covered = {(z,) for z in range(probabilities.shape[1])}
+    return kept
+
+
+def steps_of(kept, model, settings, first):
+    steps, ticks = kept.label_steps(model, settings, first), []
+    try:
+        while True:
+            ticks.append(next(steps))
+    except StopIteration as end:
+        return ticks, end.value[1]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_is_looked_at_comes_first_and_as_in_the_whole(model, split):
+    """Objects reach out of it, by more than is first labelled around it, too."""
+    planes = np.zeros((1, 2, 400, 500), dtype=np.uint8)
+    planes[0, 1, ::9] = 255  # lines through the whole plane, larger than the smallest
+    planes[0, 1, 4::9, ::7] = 255  # dots, smaller
+    settings = ObjectSettings(minimal_size=450, split_touching=split)
+    first = {"Z": slice(1, 2), "Y": slice(150, 200), "X": slice(200, 300)}
+    ticks, labels = steps_of(filled(planes), model, settings, first)
+    parts = [tick for tick in ticks if isinstance(tick, LabelledPart)]
+    assert len(parts) == 1
+    assert ticks[0] is parts[0]
+    assert parts[0].place == (slice(1, 2), slice(150, 200), slice(200, 300))
+    shown = labels[parts[0].place]
+    assert shown.shape == parts[0].labels.shape == (1, 50, 100)
+    np.testing.assert_array_equal(parts[0].labels > 0, shown > 0)
+    assert shown.any()
+    pairs = np.unique([parts[0].labels.ravel(), shown.ravel()], axis=1).T
+    assert len(pairs) == len(np.unique(shown))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        None,
+        {"Z": slice(2, 3)},
+        {"Z": slice(0, 1), "Y": slice(7, 7)},
+        {"Z": slice(0, 1), "Y": slice(0, 30)},
+    ],
+    ids=["no part", "not covered", "empty", "nearly all"],
+)
+def test_nothing_comes_first_where_it_would_be_of_no_use(model, first):
+    kept = filled(np.full((1, 3, 40, 50), 200, dtype=np.uint8))
+    kept._covered.remove((2,))
+    ticks, labels = steps_of(kept, model, SETTINGS, first)
+    assert not any(isinstance(tick, LabelledPart) for tick in ticks)
+    assert labels.max() == 2
+
+
+def test_labels_have_16_bits_as_long_as_there_is_room_for_more(model):
+    few = np.zeros((1, 3, 240, 240), dtype=np.uint8)
+    few[..., ::2, ::2] = 255  # 14,400 objects in a plane
+    _, labels = steps_of(filled(few[:, :2]), model, ObjectSettings(), None)
+    assert (labels.dtype, labels.max()) == (np.uint16, 28_800)
+    _, labels = steps_of(filled(few), model, ObjectSettings(), None)
+    assert (labels.dtype, labels.max()) == (np.uint32, 43_200)
+    np.testing.assert_array_equal(labels > 0, few[0] > 0)
+    assert len(np.unique(labels)) == 43_201

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,10 +79,13 @@ def label_part(
             slice(max(part.start - margin, 0), min(part.stop + margin, n))
             for part, n in zip(inner, whole, strict=True)
         ]
-        box = dict(zip(spatial, around, strict=True))
-        index = [box.get(axis, part.start) for axis, part in place.items()]
+        boxes = dict(zip(spatial, around, strict=True))
+        index = [boxes.get(axis, part.start) for axis, part in place.items()]
         probabilities = np.asarray(data[(slice(None), *index)])
-        steps = find_objects_steps(probabilities, kinds, settings)
+        # Small ones are left out later: what is small here may be cut.
+        steps = find_objects_steps(
+            probabilities, kinds, replace(settings, minimal_size=0)
+        )
         objects = run_to_end(steps)
         labels = objects.labels
         part = labels[
@@ -93,7 +96,11 @@ def label_part(
         ]
         margin *= 2
         if margin > LAST_MARGIN or not _go_on(labels, part, around, whole):
-            shape = [part.stop - part.start for part in place.values()]
+            sizes = np.bincount(objects.runs.value, objects.runs.sizes, minlength=1)
+            is_small = sizes < settings.minimal_size
+            is_small[: objects.first] = False
+            part[is_small[part]] = 0
+            shape = [box.stop - box.start for box in place.values()]
             return LabelledPart(
                 done=0,
                 total=1,
