@@ -1,6 +1,7 @@
 """Hostile, broken and remote packages: nothing runs, leaks or hangs."""
 
 import copy
+import hashlib
 import http.server
 import io
 import os
@@ -327,6 +328,17 @@ def test_a_test_image_with_other_channels(tmp_path, made, content):
     content["inputs"][0]["test_tensor"] = {"source": "in.npy"}
     data = npy(np.zeros((1, 2, 32, 32), np.float32))
     refused(made.zip(tmp_path / "b.zip", content, **{"in.npy": data}), "has 2 channels")
+
+
+def test_a_test_image_that_no_network_should_be_tried_with(tmp_path, made, content):
+    zeros = npy(np.zeros((1, 1, 4096, 2560), np.float32))
+    digest = hashlib.sha256(zeros).hexdigest()
+    for tensor in (*content["inputs"], *content["outputs"]):
+        tensor["test_tensor"]["sha256"] = digest
+    files = {"in.npy": zeros, "out.npy": zeros, "more": os.urandom(300_000)}
+    path = made.zip(tmp_path / "a.zip", content, **files)
+    assert path.stat().st_size < 500_000
+    refused(path, r"10 million pixels \(8 at most\), too many to try")
 
 
 def test_covers_that_are_none_do_not_matter(tmp_path, made, content):

@@ -279,12 +279,10 @@ def test_with_consent_it_becomes_a_model_and_its_gadget_still_does_nothing(tmp_p
 
 def test_consent_changes_nothing_for_plain_files(tmp_path):
     torch.save(Milesial(1, 2).state_dict(), tmp_path / "plain.pt")
-    assert explain(tmp_path / "plain.pt") == ""
     assert len(list(import_steps(tmp_path / "plain.pt", trust=True))) == 0
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4 nothing")
-    for use in (explain, lambda path: import_model(path, trust=True)):
-        with pytest.raises(BadModel, match="incomplete"):
-            use(tmp_path / "damaged.pt")
+    with pytest.raises(BadModel, match="incomplete"):
+        import_model(tmp_path / "damaged.pt", trust=True)
 
 
 def test_the_order_of_the_tensors_survives_the_child(tmp_path):
@@ -297,14 +295,20 @@ def test_the_order_of_the_tensors_survives_the_child(tmp_path):
     assert "by the order" in recognise(checked.tensors).passport.description
 
 
+def refusal(path):
+    with pytest.raises(NeedsTrust) as caught:
+        read_checked(path)
+    return explain(path.name, caught.value)
+
+
 def test_what_is_said_before(tmp_path):
     torch.save(Buda(), tmp_path / "buda.pt")
-    text = explain(tmp_path / "buda.pt")
+    text = refusal(tmp_path / "buda.pt")
     assert text.startswith("buda.pt: It asks for originals.Buda to be called or made")
     assert "a program can do what you can do" in text
     assert "unlikely, not impossible" in text
     torch.jit.script(nn.Conv2d(1, 1, 1)).save(tmp_path / "script.pt")
-    assert "TorchScript" in explain(tmp_path / "script.pt").splitlines()[0]
+    assert "TorchScript" in refusal(tmp_path / "script.pt").splitlines()[0]
 
 
 def test_weights_that_have_become_code(tmp_path):

@@ -10,8 +10,9 @@ import numpy as np
 from desk import intensity_model, spots
 from PIL import Image
 from qtpy.QtCore import Qt
-from qtpy.QtGui import QTextDocument
-from qtpy.QtWidgets import QFileDialog
+from qtpy.QtGui import QGuiApplication, QTextDocument
+from qtpy.QtTest import QTest
+from qtpy.QtWidgets import QFileDialog, QMenu
 from tune_desk import weak_model
 
 from napari_unet.models.checkpoint import read_header, save_model
@@ -310,6 +311,31 @@ def test_long_words_of_a_passport_go_on_in_the_next_line(models_desk):
     text.setHtml(label.text())
     text.setTextWidth(300)
     assert text.idealWidth() <= 300
+
+
+def test_what_is_copied_has_no_breaks_in_it(models_desk):
+    desk = models_desk()
+    address = "https://doi.org/10.1007/978-3-319-24574-4_28"
+    desk.form._citation.setText(address)
+    desk.click("Save facts")
+    desk.work()
+    label = desk.dock._passport.text
+    label.setFocus()
+    QTest.keyClick(label, Qt.Key.Key_A, Qt.KeyboardModifier.ControlModifier)
+    assert "\u200b" in label.selectedText()
+    (menu_copy,) = label.findChild(QMenu).actions()
+    clipboard = QGuiApplication.clipboard()
+    for copy in (
+        menu_copy.trigger,
+        lambda: QTest.keyClick(
+            label, Qt.Key.Key_C, Qt.KeyboardModifier.ControlModifier
+        ),
+    ):
+        clipboard.setText("before")
+        copy()
+        lines = clipboard.text().splitlines()
+        assert address in lines
+        assert "\u200b" not in clipboard.text()
 
 
 def test_pictures_of_others_are_no_danger():

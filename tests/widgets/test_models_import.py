@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models_desk import bright_milesial
+from onnx_files import node, onnx_file, tensor, value_info
 from qtpy.QtCore import QMimeData, QPointF, Qt, QTimer, QUrl
 from qtpy.QtGui import QDragEnterEvent, QDropEvent
 from qtpy.QtWidgets import QApplication, QFileDialog, QMessageBox
@@ -236,6 +237,31 @@ def test_a_package_is_exported_by_the_dialog(models_desk, tmp_path, monkeypatch)
     again, before = load_model(desk.tree.chosen), load_model("bright")
     assert again.network.config == before.network.config
     assert again.passport.classes == before.passport.classes
+
+
+def test_no_package_is_offered_of_a_network_that_runs_as_it_is(
+    models_desk, tmp_path, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    desk = models_desk()
+    asked = []
+    monkeypatch.setattr(
+        QFileDialog, "getSaveFileName", lambda *said: asked.append(said[-1]) or ("", "")
+    )
+    scale = tensor("w", np.ones((1, 1, 1, 1), np.float32))
+    image, result = ([value_info(name, [1, 1, None, None])] for name in "xy")
+    graph = onnx_file([node("Conv", ["x", "w"], ["y"])], [scale], image, result)
+    (tmp_path / "theirs.onnx").write_bytes(graph)
+    desk.dock.import_file(str(tmp_path / "theirs.onnx"))
+    desk.work()
+    assert desk.tree.chosen == "theirs", desk.status
+    assert "cannot be made of a network that runs as it is" in (
+        desk.button("Export…").toolTip()
+    )
+    desk.click("Export…")
+    desk.choose("bright")
+    desk.click("Export…")
+    assert ["*.zip" in filters for filters in asked] == [False, True]
 
 
 def test_a_training_does_not_replace_what_was_imported_meanwhile(tune_desk, tmp_path):

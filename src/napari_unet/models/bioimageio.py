@@ -42,7 +42,7 @@ OWN = "napari_unet"  # under "config" of the packages that we write
 _KINDS = ("pytorch_state_dict", "onnx", "torchscript")  # the preferred first
 _MAX_ONNX = 2 << 30  # bytes
 _MAX_COVER = 20 << 20
-_MAX_COVER_PIXELS = 50_000_000
+_MAX_COVER_PIXELS = 16_000_000
 _THUMBNAIL = 128  # pixels
 _MICROMETERS = {
     "angstrom": 1e-4,

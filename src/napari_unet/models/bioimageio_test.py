@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from napari_unet.models.normalize import Normalization
 
 TOLERANCE = 1e-4
-_MAX_ARRAY = 1 << 30  # bytes
+_MAX_ARRAY = 1 << 28  # bytes
+_MAX_PIXELS = 1 << 23  # of a test image, which the network gets as a whole
 
 
 def read_array(package: Package, file: File, name: str, ndim: int) -> NDArray:
@@ -155,6 +156,12 @@ def reproduce(
             f"Its test image has {image.shape[1]} channels in {len(image)} images, its "
             f"network takes {channels}, and {len(expected)} results are expected. Get "
             "the package again."
+        )
+    if math.prod(image.shape[2:]) > _MAX_PIXELS:
+        raise BadModel(
+            f"Its test image has {math.prod(image.shape[2:]) >> 20} million pixels "
+            f"({_MAX_PIXELS >> 20} at most), too many to try. Ask its authors for a "
+            "smaller one."
         )
     errors: dict[Activation, float] = {}
     for sample, wanted in zip(image, expected, strict=True):

@@ -242,8 +242,9 @@ def _other_archive(names: list[str]) -> str:
     files = {name.rpartition("/")[2].lower() for name in names}
     if files & {"rdf.yaml", "bioimageio.yaml"}:
         return (
-            "It is a bioimage.io package. Unpack it and choose the PyTorch weights "
-            "(.pt, .pth) inside."
+            "It is a bioimage.io package that cannot be read as it is: its description "
+            "is not at its top, or it is damaged. Unpack it and choose the folder that "
+            "holds the rdf.yaml or bioimageio.yaml."
         )
     if files & {"model.weights.h5", "saved_model.pb", "keras_metadata.pb"}:
         return (

@@ -59,40 +59,15 @@ class Limits:
     memory: int = 1 << 30
 
 
-def explain(path: str | Path) -> str:
+def explain(name: str, error: NeedsTrust) -> str:
     """Say what consent to `convert_steps` means, for a dialog.
-
-    Parameters
-    ----------
-    path : path
-        Of a checkpoint; nothing in it is run.
-
-    Returns
-    -------
-    str
-        Paragraphs of plain text; "" if the file needs no consent.
-
-    Raises
-    ------
-    BadModel
-        If the file cannot be used, with or without consent.
-    """
-    try:
-        read_checked(path)
-    except NeedsTrust as error:
-        return explain_refusal(Path(path).name, error)
-    return ""
-
-
-def explain_refusal(name: str, error: NeedsTrust) -> str:
-    """Say the same of what was refused already, for example out of a package.
 
     Parameters
     ----------
     name : str
         Of the file, folder or address.
     error : NeedsTrust
-        The refusal.
+        The refusal without it.
 
     Returns
     -------

@@ -6,9 +6,15 @@ import re
 from html import escape
 from typing import TYPE_CHECKING
 
-from qtpy.QtCore import QBuffer, QByteArray, Qt
-from qtpy.QtGui import QImageReader, QPixmap
-from qtpy.QtWidgets import QLabel, QVBoxLayout, QWidget
+from qtpy.QtCore import QBuffer, QByteArray, QEvent, QObject, Qt
+from qtpy.QtGui import (
+    QGuiApplication,
+    QImageReader,
+    QKeyEvent,
+    QKeySequence,
+    QPixmap,
+)
+from qtpy.QtWidgets import QLabel, QMenu, QVBoxLayout, QWidget
 
 from napari_unet.models.description import facts
 from napari_unet.widgets._dock import heading, text_label
@@ -16,11 +22,16 @@ from napari_unet.widgets._dock import heading, text_label
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from qtpy.QtCore import QPoint
+
     from napari_unet.models.family import Entry
 
 THUMBNAIL = 64  # pixels on the screen
 _LONG_WORD = 18  # letters
 _MAX_PICTURE = 1024  # pixels that a thumbnail may have at most
+_BREAK = "\u200b"
+# What Qt has in selected text for line breaks, and around the cells of tables.
+_COPIED = str.maketrans({_BREAK: ""} | dict.fromkeys("\u2029\ufdd0\ufdd1", "\n"))
 
 
 class PassportView(QWidget):
@@ -34,11 +45,35 @@ class PassportView(QWidget):
         self.picture.setToolTip("What it finds in an image of its training.")
         self.text = text_label()
         self.text.setTextFormat(Qt.TextFormat.RichText)
+        self.text.installEventFilter(self)
+        self.text.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)
+        self.text.customContextMenuRequested.connect(self._show_menu)
+        self._menu = QMenu(self.text)
+        self._menu.addAction("Copy", self._copy)
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         column.setSpacing(6)
         for part in (row, self.picture, self.text):
             column.addWidget(part)
+
+    def eventFilter(self, target: QObject | None, event: QEvent | None) -> bool:
+        """Copy what is selected without the breaks that are in it for the width."""
+        wanted = QKeySequence.StandardKey.Copy
+        if isinstance(event, QKeyEvent) and event.type() == QEvent.Type.KeyPress:
+            if event.matches(wanted):
+                self._copy()
+                return True
+        return bool(super().eventFilter(target, event))
+
+    def _show_menu(self, place: QPoint) -> None:
+        self._menu.setEnabled(self.text.hasSelectedText())
+        self._menu.popup(self.text.mapToGlobal(place))
+
+    def _copy(self) -> None:
+        text = self.text.selectedText().translate(_COPIED).strip()
+        clipboard = QGuiApplication.clipboard()
+        if text and clipboard is not None:
+            clipboard.setText(text)
 
     def show_entry(self, entry: Entry | None) -> None:
         """Show another model, or why its file cannot be used; None shows nothing."""
@@ -66,7 +101,7 @@ def _breakable(text: str) -> str:
     """Let addresses and the like go on in the next line; Qt would cut them off."""
     return re.sub(
         rf"\S{{{_LONG_WORD},}}",
-        lambda word: re.sub(rf"(\W|_|\w{{{_LONG_WORD}}})", "\\1\u200b", word[0]),
+        lambda word: re.sub(rf"(\W|_|\w{{{_LONG_WORD}}})", rf"\1{_BREAK}", word[0]),
         text,
     )
 

@@ -22,6 +22,7 @@ from napari_unet.models.library import (
     rename_model,
 )
 from napari_unet.models.trash import list_removed, remove_model, restore_model
+from napari_unet.network.program import ProgramConfig
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
 from napari_unet.widgets._dock import Dock, while_alive
@@ -212,11 +213,13 @@ class ModelsWidget(Dock):
             self._work.busy,
             "Copy a model of others into the library. Or drop it here.",
         )
-        _enable(
-            self._export,
-            missing or broken,
-            "Save it as a file or as a bioimage.io package, to pass it on or keep.",
-        )
+        tip = "Save it as a file or as a bioimage.io package, to pass it on or keep."
+        if not self._can_be_package:
+            tip = (
+                "Save it as a file, to pass it on or keep. A bioimage.io package "
+                "cannot be made of a network that runs as it is."
+            )
+        _enable(self._export, missing or broken, tip)
         why_not = self._why_not_changed()
         _enable(self._name, why_not, "Type another name for it in the list (F2).")
         if self._tree.chosen_removed:
@@ -317,10 +320,17 @@ class ModelsWidget(Dock):
 
     # --- what is done at once -------------------------------------------------
 
+    @property
+    def _can_be_package(self) -> bool:
+        """Whether others could rebuild the chosen model's network."""
+        header = None if self._entry is None else self._entry.header
+        return header is not None and not isinstance(header.config, ProgramConfig)
+
     def _browse_export(self) -> None:
         name = self._tree.chosen
+        kinds = [_OURS, *([_PACKAGE] if self._can_be_package else [])]
         path, kind = QFileDialog.getSaveFileName(
-            self, "Export", f"{name}.safetensors", ";;".join((_OURS, _PACKAGE))
+            self, "Export", f"{name}.safetensors", ";;".join(kinds)
         )
         if not path:
             return
