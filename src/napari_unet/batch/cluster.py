@@ -15,7 +15,8 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from napari_unet.batch.file import FileStep, failed
+from napari_unet.batch.failure import failed
+from napari_unet.batch.file import FileStep
 from napari_unet.batch.job import program_versions
 from napari_unet.batch.plan import result_folders
 from napari_unet.batch.results import writing

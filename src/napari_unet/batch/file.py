@@ -6,24 +6,21 @@ only one that needs the network), and to finish: to measure and to write.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import time
-import traceback
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from napari_unet.batch.failure import check_output, check_unchanged
 from napari_unet.batch.journal import Entry, size_of
 from napari_unet.batch.results import write_results, writing
 from napari_unet.batch.volume import BLOCK_PIXELS, segment_into_steps
-from napari_unet.errors import BadInput, BadModel, BadOutput, UnetError
 from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
-from napari_unet.files.members import list_members, state_of
 from napari_unet.files.scratch import Scratch
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
@@ -43,7 +40,6 @@ __all__ = [
     "Segmented",
     "Task",
     "compute_steps",
-    "failed",
     "finish",
     "read",
     "segment_file_steps",
@@ -54,9 +50,6 @@ __all__ = [
 # results never depend on the free memory.
 LAZY_BYTES = 2**28
 LAZY_VALUES = BLOCK_PIXELS  # blocks need the same folder for what is temporary
-
-# What the operating system refuses to one file, and not to the others.
-_OF_ONE_FILE = (errno.EFBIG, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,7 @@ def compute_steps(
     try:
         shape = predictor.output_shape
         if math.prod(shape if item.probabilities else shape[1:]) > LAZY_VALUES:
-            _check_output(task)
+            check_output(task)
             with writing(task.internal):
                 scratch = Scratch(make_scratch(task.internal))
         axes = _label_axes(image)
@@ -243,19 +236,6 @@ def _written_size(path: Path) -> int:
     return size
 
 
-def _check_output(task: Task) -> None:
-    """Refuse to make a folder anew that was there when the batch began."""
-    if task.internal == task.output:  # of single images, whose folder may be new
-        return
-    try:
-        task.internal.stat()
-    except OSError as error:
-        raise BadOutput(
-            f"{task.output} was removed while the batch wrote into it, and what was "
-            "done with it. Start the batch again, or choose another output."
-        ) from error
-
-
 def _label_axes(image: ImageFile) -> str:
     return "".join(axis for axis in image.axes if axis not in "CS")
 
@@ -296,8 +276,8 @@ def finish(
     if task.measure:
         outputs.append(task.measurements(item.name))
     try:
-        _check_output(task)
-        _check_unchanged(item)
+        check_output(task)
+        check_unchanged(item)
         with writing(item.labels.parent):
             write_results(done, axes, model, task, check)
     finally:
@@ -331,52 +311,8 @@ def finish(
     )
 
 
-def _check_unchanged(item: Item) -> None:
-    """Refuse to write what was made of other pixels than the image has now."""
-    if item.state != (0, 0) and state_of(list_members(item.image)) != item.state:
-        raise BadInput(
-            f"{item.image} was changed or removed while the batch ran. Leave the "
-            "images alone until it has ended, and resume it (--resume)."
-        )
-
-
 def _below(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def failed(item: Item, error: Exception, opened: Opened | None = None) -> Entry:
-    """Record why a file could not be done; raise what would befall the others, too.
-
-    Parameters
-    ----------
-    item : Item
-        The file.
-    error : Exception
-        `BadModel`, and `BadOutput` from the operating system (the disk is full, the
-        folder is gone), end a batch. All else is the file's own, also that its
-        results are too large for the disk or would have too long a name.
-    opened : Opened or None
-        What was read, if it could be.
-    """
-    cause = error.__cause__
-    is_system = isinstance(cause, OSError) and cause.errno not in _OF_ONE_FILE
-    if isinstance(error, BadModel) or (isinstance(error, BadOutput) and is_system):
-        raise error
-    details = ""
-    if isinstance(error, UnetError):
-        reason = str(error)
-    elif isinstance(error, MemoryError):
-        reason = "Memory ran out. Close other programs, or crop the image."
-    else:
-        # One that nobody foresaw; hundreds of files must not wait for its mending.
-        reason = f"An unexpected error, please report it: {error!r}."
-        details = "".join(traceback.format_exception(error))
-    return Entry(
-        *(item.name, "failed", *item.state),
-        reason=reason,
-        details=details,
-        notes=opened.image.notes if opened else (),
-    )
 
 
 def segment_file_steps(

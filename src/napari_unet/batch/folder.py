@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from napari_unet.batch.checks import check_batch
 from napari_unet.batch.cluster import recall_tasks
 from napari_unet.batch.file import writing
 from napari_unet.batch.job import TILES_IF_INEXACT, BatchJob, program_versions
@@ -17,7 +18,6 @@ from napari_unet.batch.plan import (
     JOB,
     JOURNAL,
     Item,
-    check_batch,
     few,
     identity,
     plan_batch_steps,

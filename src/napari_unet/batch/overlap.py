@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from napari_unet.batch.file import FileStep, compute_steps, failed, finish, read
+from napari_unet.batch.failure import failed
+from napari_unet.batch.file import FileStep, compute_steps, finish, read
 from napari_unet.errors import Cancelled
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from napari_unet.batch.checks import check_batch
 from napari_unet.batch.folder import complete_job, open_journal, other_images
-from napari_unet.batch.plan import JOURNAL, check_batch, plan_batch_steps
+from napari_unet.batch.plan import JOURNAL, plan_batch_steps
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.files.images import read_image
 from napari_unet.inference.source import open_source

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from napari_unet.batch.file import Task, compute_steps, failed, finish, read
+from napari_unet.batch.failure import failed
+from napari_unet.batch.file import Task, compute_steps, finish, read
 from napari_unet.batch.job import OF_PROCESSORS, program_versions
 from napari_unet.errors import BadCluster, BadModel, Cancelled
 from napari_unet.files.atomic import sweep

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from napari_unet.batch.plan import check_plan, few, plan_files
+from napari_unet.batch.checks import check_plan
+from napari_unet.batch.plan import few, plan_files
 from napari_unet.cli.options import (
     Augment,
     Axes,
