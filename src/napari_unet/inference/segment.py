@@ -307,6 +307,7 @@ def _bands_steps(
             if adding is not None:
                 yield from _wait_steps(predictor, adding, tick)
             adding = predictor.submit(finder.add, band, foreground(probabilities))
+            del probabilities  # not kept while the next band is predicted
         assert adding is not None  # no image is empty
         yield from _wait_steps(predictor, adding, tick)
         finding = predictor.submit(run_to_end, finder.find_steps())
