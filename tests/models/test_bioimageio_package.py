@@ -484,7 +484,7 @@ def test_any_mistake_in_a_description_is_told_in_words(made, content):
     fits = []
     for base in (content, old):
         found = list(places(base))
-        for number in range(200):
+        for number in range(100):
             changed = copy.deepcopy(base)
             *parents, key = found[random.integers(len(found))]
             inner = changed
