@@ -163,6 +163,14 @@ def test_painted_labels_are_kept(desk):
     assert "kept" in on.status
 
 
+def test_it_is_said_what_computed(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64))
+    on.dock._device.value = "cpu"
+    on.segment()
+    assert "s (cpu, OpenVINO, " in on.status
+
+
 def test_sliders_change_labels_without_the_network(desk, monkeypatch):
     on = desk()
     image = spots(64, 64)

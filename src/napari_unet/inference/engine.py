@@ -195,6 +195,12 @@ class Predictor:
             )
 
     @property
+    def computed_by(self) -> str:
+        """What runs the network now, and how precisely: "cpu, OpenVINO, bfloat16"."""
+        backend = self._shared.backend
+        return f"{backend.device}, {backend.title}"
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         """(class, *axes of the image without channels)."""
         sides = [self.region[axis] for axis in self.source.output_axes]

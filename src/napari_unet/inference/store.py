@@ -52,6 +52,7 @@ class ProbabilityStore:
         self.shape = shape
         self.axes = axes
         self._loop = loop
+        self.computed_by = ""  # see `Predictor`
         self._covered: set[tuple[int, ...]] = set()
         limit = min(MAX_BYTES, psutil.virtual_memory().available // 4)
         self.data: Any
@@ -78,7 +79,7 @@ class ProbabilityStore:
 
     def fill_steps(self, predictor: Predictor) -> Generator[Progress, None, None]:
         """Predict and keep what the predictor's region covers."""
-        region = predictor.region
+        region, self.computed_by = predictor.region, predictor.computed_by
         for index, unit in enumerate(predictor.units):
             probabilities = yield from predictor.unit_steps(index)
             found = predictor.to_output(foreground(probabilities))

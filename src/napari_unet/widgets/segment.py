@@ -395,7 +395,8 @@ class SegmentWidget(Dock):
         self._run = run
         self._store, data, table = result
         self._part.forget()
-        words = [f"Done in {self._job.seconds:.1f} s.", *self._notes]
+        took = f"Done in {self._job.seconds:.1f} s ({self._store.computed_by})."
+        words = [took, *self._notes]
         if run.stale:
             words.append("The image has changed meanwhile: segment it again.")
         kept = run.labels if run.labels in self._viewer.layers else None
