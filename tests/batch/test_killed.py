@@ -32,9 +32,9 @@ def kill(place, job, kills, how, size):
     ("how", "size", "kind", "files", "kills"),
     [
         ("call", "small", "tif", 6, 12),
-        ("time", "small", "ome.zarr", 4, 10),
-        ("call", "large", "ome.zarr", 2, 10),
-        ("time", "large", "ome.tif", 2, 10),
+        ("time", "small", "ome.zarr", 4, 8),
+        ("call", "large", "ome.zarr", 2, 6),
+        ("time", "large", "ome.tif", 2, 6),
         pytest.param("call", "small", "tif", 60, 300, marks=pytest.mark.slow),
         pytest.param("time", "small", "tif", 60, 100, marks=pytest.mark.slow),
         pytest.param("call", "large", "ome.zarr", 20, 200, marks=pytest.mark.slow),

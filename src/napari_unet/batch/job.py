@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -239,10 +240,16 @@ _FOLDERS = ("input", "output")
 
 def program_versions() -> dict[str, str]:
     """Return the versions of the programs that the results depend on."""
-    found = {name: version(name) for name in _PROGRAMS}
+    found = {name: _version(name) for name in _PROGRAMS}
     with suppress(PackageNotFoundError):
-        found[OF_PROCESSORS] = version(OF_PROCESSORS)
+        found[OF_PROCESSORS] = _version(OF_PROCESSORS)
     return found
+
+
+@cache
+def _version(name: str) -> str:
+    """Return the version of a program, which takes a millisecond to find out."""
+    return version(name)
 
 
 def _is_path(model: str) -> bool:
