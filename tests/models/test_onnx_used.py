@@ -156,7 +156,7 @@ def test_smaller_tiles_when_memory_runs_out(trained, monkeypatch):
 
 def test_a_running_tile_ends_within_a_second():
     torch.manual_seed(0)
-    network = UNet(1, 2, depth=2, base_channels=24).eval()
+    network = UNet(1, 2, depth=2, base_channels=16).eval()
     image = np.zeros((1400, 1400), np.float32)
     steps = predict_steps(image, imported(network), tile_shape=(1400, 1400))
     for _ in range(6):
