@@ -9,12 +9,12 @@ import pytest
 CHILD = Path(__file__).with_name("child_memory.py")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no peak of the memory there")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak alone")
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 @pytest.mark.parametrize("through", ["openvino", "torch"])
 def test_a_tile_takes_what_is_expected(through, precision):
     told = subprocess.run(
-        [sys.executable, CHILD, through, precision, "1024", "32"],
+        [sys.executable, CHILD, through, precision, "768", "32"],
         capture_output=True,
         text=True,
         check=True,
