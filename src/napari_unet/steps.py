@@ -23,6 +23,7 @@ Arguments = ParamSpec("Arguments")
 Yielded = TypeVar("Yielded", covariant=True)
 Sent = TypeVar("Sent", contravariant=True)
 Result = TypeVar("Result", covariant=True)
+Ticked = TypeVar("Ticked")
 
 # Seconds that an unwanted child has to come to its next yield, and then once more
 # to run its ``finally`` blocks: it is gone within a second.
@@ -65,6 +66,33 @@ def describe_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def mapped_steps(
+    steps: Generator[Ticked, None, Result], change: Callable[[Ticked], Yielded]
+) -> Generator[Yielded, None, Result]:
+    """Pass on something else for every tick.
+
+    Parameters
+    ----------
+    steps : generator
+        Closed with this one.
+    change : callable
+        From a tick to what is yielded in its place.
+
+    Returns
+    -------
+    object
+        What the generator returns.
+    """
+    with closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            yield change(step)
 
 
 def seldom_steps(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from napari_unet.files.images import ImageFile, read_image
 from napari_unet.files.scratch import Scratch
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -213,16 +212,13 @@ def _noting_steps(
     steps: Generator[Progress, None, Found], notes: list[str]
 ) -> Generator[Progress, None, Found]:
     """Go through a generator and keep what it notes."""
-    with closing(steps):
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                found: Found = stop.value
-                return found
-            if step.note:
-                notes.append(step.note)
-            yield step
+
+    def noted(step: Progress) -> Progress:
+        if step.note:
+            notes.append(step.note)
+        return step
+
+    return mapped_steps(steps, noted)
 
 
 def _written_size(path: Path) -> int:

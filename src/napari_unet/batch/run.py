@@ -17,7 +17,7 @@ from napari_unet.batch.tables import (
     write_summary,
 )
 from napari_unet.errors import Partial, UnetError
-from napari_unet.steps import Progress, run_to_end, seldom_steps
+from napari_unet.steps import Progress, mapped_steps, run_to_end, seldom_steps
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -109,15 +109,12 @@ def nameless_steps(
     steps: Generator[Progress, None, Result], done: int = 0, total: int = 1
 ) -> Generator[BatchProgress, None, Result]:
     """Tell now and then what is done beside the files."""
-    with closing(seldom_steps(steps)) as ticks:
-        while True:
-            try:
-                tick = next(ticks)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            far = f"{tick.done:,} of {tick.total:,}"
-            yield BatchProgress(done, total, f"{tick.message}, {far}")
+
+    def named(tick: Progress) -> BatchProgress:
+        far = f"{tick.done:,} of {tick.total:,}"
+        return BatchProgress(done, total, f"{tick.message}, {far}")
+
+    return mapped_steps(seldom_steps(steps), named)
 
 
 class Run:

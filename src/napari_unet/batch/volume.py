@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import wait
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from napari_unet.inference.segment import (
     foreground,
     segment_units_steps,
 )
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -291,12 +290,10 @@ def _shifted_steps(
 ) -> Generator[Progress, None, Result]:
     """Let the progress of a part run from ``before`` on over its share of the whole."""
     done = before
-    with closing(steps):
-        while True:
-            try:
-                tick = next(steps)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            done = max(done, before + share * tick.done // max(tick.total, 1))
-            yield Progress(done, total, message or tick.message, tick.note)
+
+    def shifted(tick: Progress) -> Progress:
+        nonlocal done
+        done = max(done, before + share * tick.done // max(tick.total, 1))
+        return Progress(done, total, message or tick.message, tick.note)
+
+    return mapped_steps(steps, shifted)

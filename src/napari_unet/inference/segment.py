@@ -11,7 +11,7 @@ from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectSettings, label_classes
 from napari_unet.inference.objects import ObjectFinder
 from napari_unet.inference.predict import PredictOptions
-from napari_unet.steps import Progress, run_to_end
+from napari_unet.steps import Progress, mapped_steps, run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -301,9 +301,9 @@ def _bands_steps(
             part = predictor.within(region)
             steps = part.unit_steps(0)
             before = index * len(bands) + number
-            probabilities, tick = yield from _shifted_steps(
-                steps, before, len(predictor.units) * len(bands), part.total
-            )
+            total = len(predictor.units) * len(bands) * part.total
+            probabilities = yield from _shifted_steps(steps, before, part.total, total)
+            tick = Progress((before + 1) * part.total, total, "making objects")
             if adding is not None:
                 yield from _wait_steps(predictor, adding, tick)
             adding = predictor.submit(finder.add, band, foreground(probabilities))
@@ -324,18 +324,16 @@ def _bands_steps(
 
 
 def _shifted_steps(
-    steps: Generator[Progress, None, NDArray], before: int, parts: int, tiles: int
-) -> Generator[Progress, None, tuple[NDArray, Progress]]:
+    steps: Generator[Progress, None, NDArray], before: int, tiles: int, total: int
+) -> Generator[Progress, None, NDArray]:
     """Count the tiles of a part among those of all parts."""
-    total = parts * tiles
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            return end.value, Progress((before + 1) * tiles, total, "making objects")
+
+    def shifted(step: Progress) -> Progress:
         done = before * tiles + min(step.done, tiles)
         message = f"tile {min(done + 1, total)} of {total}"
-        yield Progress(done, total, message, step.note)
+        return Progress(done, total, message, step.note)
+
+    return mapped_steps(steps, shifted)
 
 
 def _wait_steps(

@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import psutil
@@ -17,17 +17,16 @@ from napari_unet.inference.instances import ObjectSettings, ObjectTable
 from napari_unet.inference.objects import find_objects_steps
 from napari_unet.inference.part import label_part
 from napari_unet.inference.segment import Numbering, foreground
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
     from numpy.typing import NDArray
 
+    from napari_unet.inference.objects import Objects
     from napari_unet.inference.predict import PredictOptions
     from napari_unet.models.model import Model
-
-Result = TypeVar("Result")
 
 MAX_BYTES = 2 << 30  # of probabilities in memory; beyond, a temporary zarr
 
@@ -158,16 +157,10 @@ class ProbabilityStore:
 
 
 def _ticking(
-    steps: Generator[None, None, Result], tick: Progress
-) -> Generator[Progress, None, Result]:
+    steps: Generator[None, None, Objects], tick: Progress
+) -> Generator[Progress, None, Objects]:
     """Yield the same progress for each step."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        yield tick
+    return mapped_steps(steps, lambda _: tick)
 
 
 def _make_room(labels: NDArray | None, shape: tuple[int, ...], largest: int) -> NDArray:
