@@ -17,6 +17,8 @@ from napari_unet.widgets.models import ModelsWidget
 from napari_unet.widgets.segment import SegmentWidget
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from napari_unet.widgets._session import Session
 
 
@@ -70,6 +72,16 @@ class ModelsDesk:
         before = self.status
         self.qtbot.keyClick(editor, Qt.Key.Key_Return)
         self.qtbot.waitUntil(lambda: self.status != before)
+
+    def use_and_segment(self, image: str, timeout: int = 30_000) -> np.ndarray:
+        """Use the model that is chosen, click Segment; return the labels."""
+        self.click("Use")
+        self.work()
+        job, name = self.segment._job, f"{image} objects"
+        self.qtbot.waitUntil(job.start.isEnabled)
+        job.start.click()
+        self.qtbot.waitUntil(lambda: name in self.viewer.layers, timeout=timeout)
+        return self.viewer.layers[name].data
 
     @property
     def names(self) -> dict:

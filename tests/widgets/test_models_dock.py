@@ -245,13 +245,8 @@ def test_import_then_segment(models_desk, tmp_path):
     desk.form._classes[0][0].setText("vesicle")
     desk.click("Save facts")
     desk.work()
-    desk.click("Use")
-    desk.work()
-    job = desk.segment._job
-    desk.qtbot.waitUntil(job.start.isEnabled)
-    job.start.click()
-    desk.qtbot.waitUntil(lambda: "cells objects" in desk.viewer.layers, timeout=30_000)
-    assert len(np.unique(desk.viewer.layers["cells objects"].data)) == 17
+    labels = desk.use_and_segment("cells")
+    assert len(np.unique(labels)) == 17
 
 
 def test_a_real_checkpoint_of_others_finds_nuclei(models_desk, shared_data):
@@ -280,13 +275,8 @@ def test_a_real_checkpoint_of_others_finds_nuclei(models_desk, shared_data):
     desk.click("Save facts")
     desk.work()
     assert "nucleus (objects)" in desk.passport
-    desk.click("Use")
-    desk.work()
-    job = desk.segment._job
-    desk.qtbot.waitUntil(job.start.isEnabled)
-    job.start.click()
-    desk.qtbot.waitUntil(lambda: "nuclei objects" in desk.viewer.layers, timeout=60_000)
-    assert 40 < len(np.unique(desk.viewer.layers["nuclei objects"].data)) < 100
+    labels = desk.use_and_segment("nuclei", timeout=60_000)
+    assert 40 < len(np.unique(labels)) < 100
 
 
 def test_removing_the_base_of_a_new_network_changes_nothing(tune_desk):

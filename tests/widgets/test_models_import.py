@@ -203,13 +203,8 @@ def test_a_package_that_runs_as_it_is(models_desk, shared_data, monkeypatch):
     desk.click("Save facts")
     desk.work()
     assert "threshold 0.6" in desk.passport
-    desk.click("Use")
-    desk.work()
-    job = desk.segment._job
-    desk.qtbot.waitUntil(job.start.isEnabled)
-    job.start.click()
-    desk.qtbot.waitUntil(lambda: "nuclei objects" in desk.viewer.layers, timeout=60_000)
-    assert 30 < len(np.unique(desk.viewer.layers["nuclei objects"].data)) < 100
+    labels = desk.use_and_segment("nuclei", timeout=60_000)
+    assert 30 < len(np.unique(labels)) < 100
     # The other docks open it from where it is, too.
     desk.segment._chooser.open_checkpoint(str(folder))
     desk.work()

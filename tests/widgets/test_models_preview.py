@@ -58,13 +58,7 @@ def test_a_checkpoint_of_others_from_file_to_objects(models_desk, tmp_path):
     form._classes[0][0].setText("spot")
     desk.click("Save facts")
     desk.work()
-    desk.click("Use")
-    desk.work()
-    job = desk.segment._job
-    desk.qtbot.waitUntil(job.start.isEnabled)
-    job.start.click()
-    desk.qtbot.waitUntil(lambda: "cells objects" in desk.viewer.layers, timeout=30_000)
-    labels = desk.viewer.layers["cells objects"].data
+    labels = desk.use_and_segment("cells")
     desk.see()
     assert np.array_equal(labels > 0, found(desk))
     assert len(np.unique(labels)) == 25
