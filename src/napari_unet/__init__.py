@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from napari_unet.models.checkpoint import save_model
     from napari_unet.models.library import load_model
     from napari_unet.models.model import Model
-    from napari_unet.network.unet import UNet, UNetConfig
+    from napari_unet.network.config import UNetConfig
+    from napari_unet.network.unet import UNet
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.fine_tune import fine_tune
     from napari_unet.training.settings import TrainingSettings
@@ -26,7 +27,7 @@ _WHERE = {
     "Model": "models.model",
     "TrainingSettings": "training.settings",
     "UNet": "network.unet",
-    "UNetConfig": "network.unet",
+    "UNetConfig": "network.config",
     "border_weight_map": "training.weight_map",
     "fine_tune": "training.fine_tune",
     "load_model": "models.library",

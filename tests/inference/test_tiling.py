@@ -20,8 +20,8 @@ from napari_unet.inference.tiling import (
     round_up,
     tile_grid,
 )
+from napari_unet.network.config import UNetConfig
 from napari_unet.network.receptive_field import receptive_field
-from napari_unet.network.unet import UNetConfig
 
 
 @given(data=st.data(), ndim=st.integers(1, 3))

@@ -33,7 +33,8 @@ from napari_unet.models.model import (
     TrainingRecord,
 )
 from napari_unet.models.normalize import Normalization
-from napari_unet.network.unet import NAMED_CONFIGS, UNet, UNetConfig
+from napari_unet.network.config import NAMED_CONFIGS, UNetConfig
+from napari_unet.network.unet import UNet
 
 FULL_PASSPORT = Passport(
     name="Zellkerne – 核 🔬",

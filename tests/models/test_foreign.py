@@ -33,7 +33,8 @@ from napari_unet.errors import BadModel
 from napari_unet.models.checkpoint import read_model, save_model
 from napari_unet.models.foreign import recognise
 from napari_unet.models.library import load_model
-from napari_unet.network.unet import UNet, UNetConfig
+from napari_unet.network.config import UNetConfig
+from napari_unet.network.unet import UNet
 
 
 def randomise(network, seed=0):

@@ -12,7 +12,8 @@ from napari_unet.models.checkpoint import model_sha256, read_header, save_model
 from napari_unet.models.library import import_model, load_model
 from napari_unet.models.safety import read_checked
 from napari_unet.models.smp import prefix_of
-from napari_unet.network.program import ProgramConfig, build_program
+from napari_unet.network.config import ProgramConfig
+from napari_unet.network.program import build_program
 
 # Encoder, keyword arguments: one of each family that is told by its layers.
 FAST = [

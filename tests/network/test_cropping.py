@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from napari_unet.network.config import UNetConfig
 from napari_unet.network.cropping import can_crop, cropping
 from napari_unet.network.folding import fold_norms
-from napari_unet.network.unet import UNet, UNetConfig
+from napari_unet.network.unet import UNet
 
 
 def trained(config: UNetConfig) -> UNet:

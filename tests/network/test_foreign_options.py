@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from napari_unet.errors import BadModel
+from napari_unet.network.config import UNetConfig
 from napari_unet.network.receptive_field import (
     measured_receptive_field,
     receptive_field,
 )
-from napari_unet.network.unet import UNet, UNetConfig
+from napari_unet.network.unet import UNet
 
 UNEVEN = {
     "base_channels": 3,
@@ -53,7 +54,9 @@ def test_context_and_shapes(name, padding, ndim):
     field = receptive_field(config)
     assert field == measured_receptive_field(config)
     side = field.input_size(30)
-    logits = UNet.from_config(config).eval()(torch.zeros(1, 1, *[side] * ndim))
+    network = UNet.from_config(config).eval()
+    assert config.weights == sum(p.numel() for p in network.parameters())
+    logits = network(torch.zeros(1, 1, *[side] * ndim))
     assert logits.shape == (1, 2, *[side - 2 * field.shrink] * ndim)
 
 
@@ -69,6 +72,7 @@ def test_the_norm_runs_anywhere(norm, place):
     else:
         assert place_of_norm < conv < act
     assert network.encoder[0][conv].bias is not None
+    assert network.config.weights == sum(p.numel() for p in network.parameters())
     network(torch.randn(2, 2, 9, 8)).sum().backward()
 
 

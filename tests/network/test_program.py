@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.inference.tiling import centred_input_box, tile_grid
-from napari_unet.network.program import (
+from napari_unet.network.config import (
     ProgramConfig,
-    build_program,
+    UNetConfig,
     config_from_dict,
     settings_of,
 )
+from napari_unet.network.program import build_program
 from napari_unet.network.receptive_field import receptive_field
-from napari_unet.network.unet import UNetConfig
 
 SIDES = st.integers(1, 300)
 SETTINGS = st.dictionaries(

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from napari_unet.errors import BadInput, BadModel
+from napari_unet.network.config import NAMED_CONFIGS, UNetConfig
 from napari_unet.network.receptive_field import receptive_field
-from napari_unet.network.unet import NAMED_CONFIGS, UNet, UNetConfig
+from napari_unet.network.unet import UNet
 
 UPSAMPLINGS = ("transposed", "nearest", "bilinear", "unpool", "pixel_shuffle")
 NORMS = ("batch", "group", "instance", None)
@@ -62,8 +63,12 @@ def test_activations_of_the_paper(paper):
     assert logits.shape == (1, 2, 388, 388)
 
 
+def count_weights(network: UNet) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
 def test_parameters_of_the_paper(paper):
-    assert sum(p.numel() for p in paper.parameters()) == 31_036_546
+    assert count_weights(paper) == paper.config.weights == 31_036_546
 
 
 def test_concatenation_puts_the_skip_in_front(paper):
@@ -157,6 +162,7 @@ def test_all_combinations_run_forwards_and_backwards(ndim, padding):
             dropout=0.1,
             ndim=ndim,
         )
+        assert count_weights(network) == network.config.weights, combination
         field = receptive_field(network.config)
         side = field.input_size(2 * field.shrink + 8)
         image = torch.randn(2, 2, *[side] * ndim)

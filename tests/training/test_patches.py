@@ -13,11 +13,11 @@ from napari_unet.errors import BadInput
 from napari_unet.inference.backends import Backend
 from napari_unet.inference.instances import ObjectSettings
 from napari_unet.models.model import BorderWeights
-from napari_unet.network.unet import UNetConfig
+from napari_unet.network.config import UNetConfig
 from napari_unet.training.annotations import Truth, derive_truths
 from napari_unet.training.augment import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.data import prepare_steps
-from napari_unet.training.patches import Patches, TrainingImage
+from napari_unet.training.patches import Patches, TrainingImage, _cut_out
 from napari_unet.training.plan import PatchPlan, choose_plan, smaller_plan
 from napari_unet.training.split import AnnotatedUnit, hold_out
 from napari_unet.training.validation import Predicted, held_out_part, score, tune_steps
@@ -133,7 +133,7 @@ def test_what_vanishes_on_a_coarser_grid_is_said():
     data = prepare(model, [annotation])
     if not data.images:
         with pytest.raises(BadInput, match="nothing is left of what is painted"):
-            Patches(data.images, data.plan, 0)
+            Patches(data.images, 0)
 
 
 # --- drawing -----------------------------------------------------------------------
@@ -161,31 +161,29 @@ def test_every_patch_contains_known_pixels_and_belongs_together(seed, sides, ste
     known[random.integers(sides[0]), random.integers(sides[1])] = True
     target = (random.integers(0, 3, sides) * known).astype(np.uint8)
     image = numbered_image(known, target)
-    patches = Patches([image], plan_of((8, 8)), seed)
-    try:
-        pixels, classes, weights = patches.batch(step, CPU)
-    finally:
-        patches.close()
+    patches = Patches([image], seed)
+    pixels, classes, weights = patches.batch(step, plan_of((8, 8)), CPU)
     assert weights.any()
     index = pixels[0, 0].long().numpy()
     assert np.array_equal(classes[0].numpy(), target.ravel()[index])
     assert np.array_equal(weights[0].numpy(), known.ravel()[index])
 
 
-def test_a_batch_depends_only_on_seed_and_step():
-    known = np.ones((64, 64), bool)
-    target = np.zeros((64, 64), np.uint8)
-    target[10:20, 10:20] = 1
-    images = [numbered_image(known, target)]
-    plan = plan_of((16, 16), batch=3, augmentation=AugmentationSettings())
-    one, two = (Patches(images, plan, 5) for _ in range(2))
-    straight = {step: one.batch(step, CPU) for step in range(1, 6)}
-    for step in (4, 2, 3, 5, 1):
-        for ours, theirs in zip(two.batch(step, CPU), straight[step], strict=True):
-            assert torch.equal(ours, theirs)
-    other = Patches(images, plan, 6).batch(1, CPU)[0]
-    assert not torch.equal(other, straight[1][0])
-    assert not torch.equal(straight[1][0], straight[2][0])
+@given(
+    size=st.integers(1, 12),
+    first=st.integers(-30, 30),
+    side=st.integers(1, 40),
+    ndim=st.sampled_from([2, 3]),
+)
+def test_patches_go_on_mirrored_beyond_the_edge(size, first, side, ndim):
+    """As `numpy.pad` mirrors, wherever a patch begins and however small the image."""
+    target = np.random.default_rng(0).integers(0, 9, (size,) * ndim).astype("u1")
+    first = min(first, size - 1)
+    around = [(max(-first, 0), max(first + side - size, 0))] * ndim
+    expected = np.pad(target, around, mode="reflect")
+    box = (slice(first + max(-first, 0), first + max(-first, 0) + side),) * ndim
+    cut = _cut_out(target, (first,) * ndim, (side,) * ndim)
+    assert np.array_equal(cut, expected[box])
 
 
 def test_rare_classes_and_borders_are_favoured():
@@ -193,8 +191,8 @@ def test_rare_classes_and_borders_are_favoured():
     target = np.zeros((100, 100), np.uint8)
     target[50, 50] = 2
     target[:10] = 1
-    patches = Patches([numbered_image(known, target)], plan_of((4, 4)), 0)
-    classes = [patches.batch(step, CPU)[1] for step in range(1, 301)]
+    patches, plan = Patches([numbered_image(known, target)], 0), plan_of((4, 4))
+    classes = [patches.batch(step, plan, CPU)[1] for step in range(1, 301)]
     rare = np.mean([bool((c == 2).any()) for c in classes])
     assert 0.1 < rare < 0.4
     border = np.mean([len(c.unique()) > 1 for c in classes])
@@ -206,8 +204,9 @@ def test_rare_classes_and_borders_are_favoured():
 def test_a_valid_network_gets_context():
     known = np.zeros((60, 60), bool)
     known[30, 30] = True
-    patches = Patches([numbered_image(known)], plan_of((28, 28), shrink=8), 0)
-    pixels, target, weights = patches.batch(1, CPU)
+    patches = Patches([numbered_image(known)], 0)
+    plan = plan_of((28, 28), shrink=8)
+    pixels, target, weights = patches.batch(1, plan, CPU)
     assert pixels.shape == (1, 1, 28, 28)
     assert target.shape == weights.shape == (1, 12, 12)
     assert weights.sum() == 1
@@ -217,8 +216,8 @@ def test_a_valid_network_gets_context():
 
 def test_volumes_are_cut():
     known = np.ones((6, 20, 20), bool)
-    patches = Patches([numbered_image(known)], plan_of((8, 16, 16), batch=2), 0)
-    pixels, target, _ = patches.batch(1, CPU)
+    patches = Patches([numbered_image(known)], 0)
+    pixels, target, _ = patches.batch(1, plan_of((8, 16, 16), batch=2), CPU)
     assert pixels.shape == (2, 1, 8, 16, 16)
     assert target.shape == (2, 8, 16, 16)
 

@@ -35,7 +35,7 @@ from napari_unet.inference.tiling import (
     round_up,
     tile_grid,
 )
-from napari_unet.network.program import ProgramConfig
+from napari_unet.network.config import ProgramConfig
 from napari_unet.network.receptive_field import receptive_field
 from napari_unet.steps import Progress
 

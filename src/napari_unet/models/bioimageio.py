@@ -22,7 +22,8 @@ from napari_unet.models.heads import (
 )
 from napari_unet.models.model import Model, Passport
 from napari_unet.models.safety import read_checked
-from napari_unet.network.unet import UNet, UNetConfig
+from napari_unet.network.config import UNetConfig
+from napari_unet.network.unet import UNet
 from napari_unet.steps import Progress, run_to_end
 
 if TYPE_CHECKING:

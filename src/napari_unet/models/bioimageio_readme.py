@@ -8,7 +8,7 @@ from napari_unet.network.receptive_field import receptive_field
 
 if TYPE_CHECKING:
     from napari_unet.models.model import Passport
-    from napari_unet.network.unet import UNetConfig
+    from napari_unet.network.config import UNetConfig
 
 
 def readme(passport: Passport, config: UNetConfig) -> str:

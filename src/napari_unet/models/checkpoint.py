@@ -19,12 +19,8 @@ from napari_unet.files.atomic import atomic_path
 from napari_unet.models.model import Model, Passport
 from napari_unet.models.onnx_graph import read_graph
 from napari_unet.models.safety import read_checked
-from napari_unet.network.program import (
-    Config,
-    ProgramConfig,
-    build_program,
-    config_from_dict,
-)
+from napari_unet.network.config import Config, ProgramConfig, config_from_dict
+from napari_unet.network.program import build_program
 from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:

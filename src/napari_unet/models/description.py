@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from napari_unet.network.program import ProgramConfig
-from napari_unet.network.receptive_field import inexact_reason
-from napari_unet.network.unet import UNet
+from napari_unet.network.config import ProgramConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,7 +12,7 @@ if TYPE_CHECKING:
     from napari_unet.models.checkpoint import Header
     from napari_unet.models.model import Passport, TrainingRecord
     from napari_unet.models.normalize import Normalization
-    from napari_unet.network.program import Config
+    from napari_unet.network.config import Config
 
 # Those of the bundled models and of fine-tuning.
 _SCORES = {
@@ -88,14 +84,11 @@ def _network(config: Config) -> tuple[str, str | None]:
         only = f", for images of {shape} pixels only" if shape else ""
         text = f"{config.ndim}D, {config.title}, which runs as it is{only}"
         return text, config.inexact_reason
-    with torch.device("meta"):  # without memory
-        network = UNet.from_config(config)
-    weights = sum(weight.numel() for weight in network.parameters())
     text = (
         f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
-        f"channels at first, {weights:,} weights"
+        f"channels at first, {config.weights:,} weights"
     )
-    return text, inexact_reason(network)
+    return text, config.inexact_reason
 
 
 def pixels(sizes: Sequence[float]) -> str:

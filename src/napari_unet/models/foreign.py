@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from napari_unet.models.safety import CheckedFile
-    from napari_unet.network.unet import NormPlace, UNetConfig
+    from napari_unet.network.config import NormPlace, UNetConfig
 
 _FEWEST = 4  # convolutions of the smallest U-Net: three blocks of one and the head
 _MOST = 2000  # layers of a file; the largest U-Net has about 300

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from napari_unet.models.normalize import Normalization
 
 if TYPE_CHECKING:
-    from napari_unet.network.unet import NormPlace, Padding, Skips, Upsampling
+    from napari_unet.network.config import NormPlace, Padding, Skips, Upsampling
 
 Role = Literal["encoder", "bridge", "bottleneck", "up", "decoder", "head"]
 

@@ -11,7 +11,7 @@ from napari_unet.models.layout import Convolution, Layer, Layout
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from napari_unet.network.unet import NormPlace
+    from napari_unet.network.config import NormPlace
 
 SHAPE_ONLY = Family(
     "U-Net recognised by the order and shapes of its layers alone",

@@ -9,7 +9,8 @@ import torch
 
 from napari_unet.errors import BadModel
 from napari_unet.models.checkpoint import check_tensors
-from napari_unet.network.unet import Norm, NormPlace, UNet, UNetConfig, Upsampling
+from napari_unet.network.config import Norm, NormPlace, UNetConfig, Upsampling
+from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from pydantic import (
@@ -15,8 +15,7 @@ from pydantic import (
 
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.normalize import Normalization
-from napari_unet.network.program import Program
-from napari_unet.network.receptive_field import inexact_reason
+from napari_unet.network.config import ProgramConfig
 
 if TYPE_CHECKING:
     from napari_unet.network.program import Network
@@ -224,7 +223,7 @@ class Model:
     @property
     def untrainable_reason(self) -> str:
         """Why it can be neither fine-tuned nor rebuilt elsewhere, "" if it can."""
-        if isinstance(self.network, Program):
+        if isinstance(self.network.config, ProgramConfig):
             return (
                 f"The model {self.passport.name!r} is {self.network.config.title}, "
                 "which runs as it is: its layers cannot be changed. Choose a model "
@@ -241,14 +240,14 @@ class Model:
         BadModel
             If it only runs as it is; see `untrainable_reason`.
         """
-        if isinstance(self.network, Program):
-            raise BadModel(self.untrainable_reason)
-        return self.network
+        if reason := self.untrainable_reason:
+            raise BadModel(reason)
+        return cast("UNet", self.network)
 
     @property
     def inexact_reason(self) -> str | None:
         """Why tiles are blended instead of exact, as a clause; None if exact."""
-        return inexact_reason(self.network)
+        return self.network.config.inexact_reason
 
     def describe(self) -> str:
         """Say in one line what the model finds, and how well."""

@@ -14,11 +14,11 @@ from napari_unet.models.heads import NOT_EXCLUSIVE, classes_named, joint_classes
 from napari_unet.models.model import Model
 from napari_unet.models.onnx_graph import follow, read_graph
 from napari_unet.network.combined import MOST
+from napari_unet.network.config import ProgramConfig, settings_of
 from napari_unet.network.onnx import OnnxProgram, open_session
-from napari_unet.network.program import ProgramConfig, settings_of
 
 if TYPE_CHECKING:
-    from napari_unet.network.program import Outputs
+    from napari_unet.network.config import Outputs
 
 LARGEST_HALO = 128  # pixels; what lies farther away hardly counts, and costs much
 TRIAL_SECONDS = 10.0

@@ -12,7 +12,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from napari_unet.network.unet import UNetConfig
+    from napari_unet.network.config import UNetConfig
 
 
 class ConvBlock(nn.Sequential):

@@ -14,7 +14,7 @@ from napari_unet.network.receptive_field import before_upsampling
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from napari_unet.network.unet import UNetConfig
+    from napari_unet.network.config import UNetConfig
 
 Span = tuple[int, int]  # start and stop along one axis
 Box = tuple[Span, ...]  # along all spatial axes

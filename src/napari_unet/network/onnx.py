@@ -12,7 +12,8 @@ import torch
 
 from napari_unet.errors import BadModel, Cancelled
 from napari_unet.network.combined import MOST, combine
-from napari_unet.network.program import Program, ProgramConfig, settings_of
+from napari_unet.network.config import ProgramConfig, settings_of
+from napari_unet.network.program import Program
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import nn
 
-from napari_unet.network.program import Config, Program, ProgramConfig
-from napari_unet.network.unet import UNet, UNetConfig
+from napari_unet.network.config import Config, ProgramConfig, UNetConfig
+from napari_unet.network.unet import UNet
 
 Interval = tuple[int, int]  # first and last index, both included
 
@@ -77,7 +76,7 @@ def receptive_field(config: Config) -> ReceptiveField:
     Parameters
     ----------
     config : UNetConfig or ProgramConfig
-        Any variant; for those that are not tile-exact (see `inexact_reason`)
+        Any variant; for those that are not tile-exact (see ``inexact_reason``)
         the context is that of their convolutions alone, or the one that is given.
 
     Returns
@@ -219,32 +218,3 @@ def _monotone(config: UNetConfig) -> UNet:
                 parameter.add_(parameter.mean())
                 parameter.div_(parameter.sum() / len(parameter))
     return network
-
-
-def inexact_reason(network: nn.Module) -> str | None:
-    """Say why a network's tiles cannot agree with the whole image, if so.
-
-    Parameters
-    ----------
-    network : nn.Module
-        Any network.
-
-    Returns
-    -------
-    str or None
-        A clause such as "it uses instance normalisation, …", or None if tiles
-        with the right halo are exact.
-    """
-    if isinstance(network, Program):
-        return network.config.inexact_reason
-    if not isinstance(network, UNet):
-        return "its structure is foreign, so that its context is not known"
-    config = network.config
-    if config.norm in ("group", "instance"):
-        return (
-            f"it uses {config.norm} normalisation, whose statistics are those of "
-            "each tile"
-        )
-    if config.upsampling == "bilinear" and config.align_corners:
-        return "it interpolates with aligned corners, which depends on the tile size"
-    return None

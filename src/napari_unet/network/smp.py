@@ -13,13 +13,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from napari_unet.errors import BadModel
-from napari_unet.network.program import Program, ProgramConfig
+from napari_unet.network.program import Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
     from torch import Tensor
+
+    from napari_unet.network.config import ProgramConfig
 
 # What a name cannot have that would be looked up somewhere else, or downloaded.
 _ENCODER = re.compile(r"[A-Za-z0-9_.-]{1,100}")

@@ -16,8 +16,8 @@ from napari_unet.training.augment import source_shape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from napari_unet.network.config import UNetConfig
     from napari_unet.network.receptive_field import ReceptiveField
-    from napari_unet.network.unet import UNetConfig
     from napari_unet.training.augment import AugmentationSettings
     from napari_unet.training.settings import TrainingSettings
 

@@ -22,7 +22,7 @@ from napari_unet.models.library import (
     rename_model,
 )
 from napari_unet.models.trash import list_removed, remove_model, restore_model
-from napari_unet.network.program import ProgramConfig
+from napari_unet.network.config import ProgramConfig
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
 from napari_unet.widgets._dock import Dock, while_alive
