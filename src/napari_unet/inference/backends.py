@@ -13,10 +13,10 @@ import torch
 from napari_unet.errors import BadInput, Cancelled
 from napari_unet.inference.executors import Idle
 from napari_unet.network.blocks import narrow
+from napari_unet.network.config import ProgramConfig, UNetConfig
 from napari_unet.network.cropping import can_crop, cropping
-from napari_unet.network.program import Program, ProgramConfig
+from napari_unet.network.program import Program
 from napari_unet.network.receptive_field import receptive_field
-from napari_unet.network.unet import UNetConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
