@@ -1,4 +1,7 @@
-"""Our file: safetensors with the passport, as JSON, in the header."""
+"""Our file: safetensors with the passport, as JSON, in the header.
+
+Torch is imported when weights are read or written: lists of models need none.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import safetensors.torch
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from napari_unet.errors import BadModel
 from napari_unet.files.atomic import atomic_path
 from napari_unet.models.model import Model, Passport
-from napari_unet.models.onnx_graph import read_graph
-from napari_unet.models.safety import read_checked
 from napari_unet.network.config import Config, ProgramConfig, config_from_dict
-from napari_unet.network.program import build_program
-from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,6 +73,8 @@ def save_model(model: Model, path: str | Path) -> Path:
     BadModel
         If the passport does not fit into the header.
     """
+    from safetensors.torch import save
+
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
@@ -89,7 +88,7 @@ def save_model(model: Model, path: str | Path) -> Path:
         "passport": model.passport.model_dump_json(),
     }
     metadata["sha256"] = _digest(tensors, metadata)
-    content = safetensors.torch.save(tensors, metadata)
+    content = save(tensors, metadata)
     if struct.unpack("<Q", content[:8])[0] > MAX_HEADER:
         raise BadModel(
             "The passport is too large for the file header (1 MB); shorten its "
@@ -121,6 +120,11 @@ def read_model(path: str | Path) -> Model:
     BadModel
         If the file is missing, broken or incomplete, or its network is not known.
     """
+    import torch
+
+    from napari_unet.models.safety import read_checked
+    from napari_unet.network.unet import UNet
+
     path = Path(path)
     if (path / "config.json").is_file():
         # A folder, as segmentation_models_pytorch's save_pretrained writes it.
@@ -148,6 +152,9 @@ def read_model(path: str | Path) -> Model:
 
 def _read_program(file: str, header: Header, checked: CheckedFile) -> Model:
     """Make a model of a network that runs as it is."""
+    from napari_unet.models.onnx_graph import read_graph
+    from napari_unet.network.program import build_program
+
     assert isinstance(header.config, ProgramConfig)
     _check_digest(file, header, checked)
     try:
@@ -185,7 +192,7 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise BadModel(
