@@ -7,13 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from napari_unet.training.augment import (
-    NO_AUGMENTATION,
-    AugmentationSettings,
-    augment,
-    source_shape,
-)
+from napari_unet.training.augment import augment, source_shape
 from napari_unet.training.losses import combined, cross_entropy, soft_dice
+from napari_unet.training.settings import NO_AUGMENTATION, AugmentationSettings
 
 DEFAULT = AugmentationSettings()
 GREY = {"gain": 1.0, "offset": 0.0, "gamma": 1.0, "noise": 0.0, "blur": 0.0}

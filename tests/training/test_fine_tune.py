@@ -18,7 +18,6 @@ from napari_unet import Annotation, Model, TrainingSettings, UNet, fine_tune
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.checkpoint import model_sha256
 from napari_unet.models.model import BorderWeights
-from napari_unet.training.augment import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.fine_tune import (
     TrainingStep,
     View,
@@ -26,6 +25,7 @@ from napari_unet.training.fine_tune import (
     fine_tune_steps,
 )
 from napari_unet.training.project import BASE_FILE, save_project
+from napari_unet.training.settings import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.snapshot import read_snapshot
 
 MILD = AugmentationSettings(

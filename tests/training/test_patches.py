@@ -15,10 +15,10 @@ from napari_unet.inference.instances import ObjectSettings
 from napari_unet.models.model import BorderWeights
 from napari_unet.network.config import UNetConfig
 from napari_unet.training.annotations import Truth, derive_truths
-from napari_unet.training.augment import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.patches import Patches, TrainingImage, _cut_out
 from napari_unet.training.plan import PatchPlan, choose_plan, smaller_plan
+from napari_unet.training.settings import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.split import AnnotatedUnit, hold_out
 from napari_unet.training.validation import Predicted, held_out_part, score, tune_steps
 from napari_unet.training.weight_map import border_weight_map

@@ -17,79 +17,15 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["NO_AUGMENTATION", "AugmentationSettings", "augment", "source_shape"]
+    from napari_unet.training.settings import AugmentationSettings
 
-
-class AugmentationSettings(BaseModel):
-    """How much patches vary. Lengths are in pixels along Y and X.
-
-    Parameters
-    ----------
-    flips : bool
-        Mirror along every axis, and along the diagonal of Y and X where the patch is
-        square: together all its flips and quarter turns, exactly.
-    rotation : float
-        Largest angle in degrees, either way, about the Z axis.
-    scale : float
-        Largest factor; its inverse is the smallest. 1 is off.
-    shift : float
-        Largest shift along an axis; at most a quarter of a side.
-    elastic_sigma : float
-        Standard deviation of the random displacements at the nodes of a coarse grid,
-        between which they are interpolated bicubically. 10 in the U-Net paper; 0 is
-        off. At most a sixth of the distance between nodes is used, so that the image
-        does not fold.
-    elastic_grid : int
-        Nodes along the longest side; 3 in the U-Net paper. Shorter sides have as
-        many as fit at that distance.
-    anisotropy : float
-        Distance of planes over the pixel size along Y and X: shift, displacements
-        and blur are as many times smaller along Z, counted in planes.
-    gain : float
-        Largest factor on grey values; its inverse is the smallest. 1 is off.
-    offset : float
-        Largest value added to the normalised grey values, or subtracted.
-    gamma : float
-        Largest exponent; its inverse is the smallest. 1 is off. Values up to 1 are
-        raised to it, keeping their sign; beyond, the curve goes on as a line.
-    noise : float
-        Largest standard deviation of Gaussian noise.
-    blur : float
-        Largest standard deviation of a Gaussian blur.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    flips: bool = True
-    rotation: float = Field(180.0, ge=0, le=180)
-    scale: float = Field(1.25, ge=1, le=4)
-    shift: float = Field(10.0, ge=0)
-    elastic_sigma: float = Field(10.0, ge=0)
-    elastic_grid: int = Field(3, ge=2, le=64)
-    anisotropy: float = Field(1.0, gt=0)
-    gain: float = Field(1.25, ge=1, le=100)
-    offset: float = Field(0.1, ge=0)
-    gamma: float = Field(1.4, ge=1, le=10)
-    noise: float = Field(0.05, ge=0)
-    blur: float = Field(1.0, ge=0, le=20)
-
-    @property
-    def warps(self) -> bool:
-        """Whether pixels are interpolated."""
-        return bool(self.rotation or self.scale > 1 or self.shift or self.elastic_sigma)
-
-
-NO_AUGMENTATION = AugmentationSettings(
-    flips=False, rotation=0, scale=1, shift=0, elastic_sigma=0,
-    gain=1, offset=0, gamma=1, noise=0, blur=0,
-)  # fmt: skip
+__all__ = ["augment", "source_shape"]
 
 
 @torch.no_grad()

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Model, Passport
     from napari_unet.models.normalize import Scaling
     from napari_unet.training.annotations import Annotation
-    from napari_unet.training.augment import AugmentationSettings
     from napari_unet.training.patches import TrainingImage
-    from napari_unet.training.settings import TrainingSettings
+    from napari_unet.training.settings import AugmentationSettings, TrainingSettings
 
 __all__ = ["TrainingData", "prepare_steps"]
 

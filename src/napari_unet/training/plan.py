@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from napari_unet.network.config import UNetConfig
     from napari_unet.network.receptive_field import ReceptiveField
-    from napari_unet.training.augment import AugmentationSettings
-    from napari_unet.training.settings import TrainingSettings
+    from napari_unet.training.settings import AugmentationSettings, TrainingSettings
 
 __all__ = ["PatchPlan", "choose_plan", "smaller_plan"]
 

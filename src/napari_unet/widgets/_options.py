@@ -10,8 +10,7 @@ from qtpy.QtWidgets import QFormLayout, QLabel, QPushButton, QVBoxLayout, QWidge
 from superqt import QCollapsible
 
 from napari_unet.models.model import BorderWeights
-from napari_unet.training.augment import AugmentationSettings
-from napari_unet.training.settings import TrainingSettings
+from napari_unet.training.settings import AugmentationSettings, TrainingSettings
 from napari_unet.training.weight_map import W0_SIGMA
 from napari_unet.widgets._running import choose_device
 
