@@ -70,7 +70,7 @@ def measure(way: str, side: int, model_name: str, folder: Path) -> Row:
     from napari_unet import load_model, segment
     from napari_unet.batch.volume import segment_into_steps
     from napari_unet.inference.engine import Predictor
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
     from napari_unet.steps import run_to_end
 
     model = load_model(model_name)

@@ -41,7 +41,8 @@ from skimage.io import imread
 from skimage.segmentation import expand_labels
 
 from napari_unet import Annotation, TrainingSettings, predict, save_model
-from napari_unet.inference.instances import ObjectSettings, label_objects
+from napari_unet.inference.instances import label_objects
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.training.adapt import untrained_model
 from napari_unet.training.fine_tune import fine_tune_steps
 from napari_unet.training.scores import score_images

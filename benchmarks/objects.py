@@ -33,8 +33,8 @@ import numpy as np
 from scipy import ndimage
 
 from napari_unet import load_model, predict
-from napari_unet.inference.instances import ObjectSettings
 from napari_unet.inference.objects import find_objects_steps
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.inference.split import components, largest_hole, split_at_necks
 from napari_unet.steps import run_to_end
 

@@ -57,7 +57,8 @@ from skimage.segmentation import find_boundaries
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from napari_unet.inference.instances import ObjectSettings, label_objects
+from napari_unet.inference.instances import label_objects
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.models.checkpoint import read_model, save_model
 from napari_unet.models.model import (
     BorderWeights,

@@ -10,8 +10,9 @@ from tiny import passport_of
 from napari_unet.batch import stitch
 from napari_unet.batch.stitch import Stitcher
 from napari_unet.errors import BadOutput
-from napari_unet.inference.instances import ObjectSettings, label_classes
+from napari_unet.inference.instances import label_classes
 from napari_unet.inference.segment import Found
+from napari_unet.inference.settings import ObjectSettings
 
 
 def fields(count: int, shape, seed: int, blur: float) -> np.ndarray:

@@ -13,8 +13,8 @@ from napari_unet.batch.volume import segment_into_steps
 from napari_unet.errors import BadOutput, OutOfMemory
 from napari_unet.inference.backends import Backend
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.instances import ObjectSettings
 from napari_unet.inference.segment import Found
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.models.model import Model
 from napari_unet.models.normalize import Normalization
 from napari_unet.network.receptive_field import receptive_field

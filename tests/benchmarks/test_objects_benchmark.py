@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from napari_unet.inference import runs, split
-from napari_unet.inference.instances import ObjectSettings
+from napari_unet.inference.settings import ObjectSettings
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from whole_image import (
     trained_model,
 )
 
-from napari_unet.inference.instances import ObjectSettings, label_objects
+from napari_unet.inference.instances import label_objects
+from napari_unet.inference.settings import ObjectSettings
 
 
 def check(model, image, tile_shape, turns=False, region=None):

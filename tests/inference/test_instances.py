@@ -10,12 +10,9 @@ from skimage import draw
 from whole_image import EXAMPLES, random_image, trained_model
 
 from napari_unet.inference import segment as segment_module
-from napari_unet.inference.instances import (
-    ObjectSettings,
-    label_classes,
-    label_objects,
-)
+from napari_unet.inference.instances import label_classes, label_objects
 from napari_unet.inference.segment import Numbering, foreground
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.models.model import ClassInfo, Model, Passport
 
 

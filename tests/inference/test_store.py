@@ -8,9 +8,9 @@ import pytest
 from whole_image import trained_model
 
 from napari_unet.inference import store as store_module
-from napari_unet.inference.instances import ObjectSettings
 from napari_unet.inference.part import LabelledPart
 from napari_unet.inference.segment import segment
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.inference.store import segment_stored_steps
 from napari_unet.steps import run_to_end
 

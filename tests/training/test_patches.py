@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from napari_unet import Annotation, Model, TrainingSettings, UNet, predict
 from napari_unet.errors import BadInput
 from napari_unet.inference.backends import Backend
-from napari_unet.inference.instances import ObjectSettings
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.models.model import BorderWeights
 from napari_unet.network.config import UNetConfig
 from napari_unet.training.annotations import Truth, derive_truths

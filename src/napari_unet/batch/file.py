@@ -22,7 +22,7 @@ from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
 from napari_unet.files.scratch import Scratch
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.instances import ObjectSettings
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from napari_unet.batch.pieces import Box, Joined
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
     from napari_unet.models.model import Passport
 
 MAX_HOLE_SIDE = 64

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.pieces import Box
     from napari_unet.inference.engine import Predictor
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
     from napari_unet.inference.source import Source
 
 Result = TypeVar("Result")

@@ -12,6 +12,7 @@ import torch
 
 from napari_unet.errors import BadInput, Cancelled
 from napari_unet.inference.executors import Idle
+from napari_unet.inference.settings import DEVICES
 from napari_unet.network.blocks import narrow
 from napari_unet.network.config import ProgramConfig, UNetConfig
 from napari_unet.network.cropping import can_crop, cropping
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from napari_unet.network.program import Network
 
 Precision = Literal["auto", "float32"]
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # Pixels. Larger tiles are hardly faster on a CPU, but report progress less often.
 LARGEST_CPU_TILE = 1600**2

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
 
 NOWHERE = np.iinfo(np.int64).max  # is the first pixel of what has none
 

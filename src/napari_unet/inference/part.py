@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
 
 FIRST_MARGIN, LAST_MARGIN = 32, 512  # pixels around it that are labelled with it
 

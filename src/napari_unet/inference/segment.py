@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import numpy as np
 
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.instances import ObjectSettings, label_classes
+from napari_unet.inference.instances import label_classes
 from napari_unet.inference.objects import ObjectFinder
 from napari_unet.inference.predict import PredictOptions
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.steps import Progress, mapped_steps, run_to_end
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import psutil
 import zarr
 
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.instances import ObjectSettings, ObjectTable
+from napari_unet.inference.instances import ObjectTable
 from napari_unet.inference.objects import find_objects_steps
 from napari_unet.inference.part import label_part
 from napari_unet.inference.segment import Numbering, foreground
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from napari_unet.inference.objects import Objects
     from napari_unet.inference.predict import PredictOptions
+    from napari_unet.inference.settings import ObjectSettings
     from napari_unet.models.model import Model
 
 MAX_BYTES = 2 << 30  # of probabilities in memory; beyond, a temporary zarr

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
     from napari_unet.steps import Progress
     from napari_unet.training.annotations import Annotation
     from napari_unet.training.data import TrainingData

@@ -17,8 +17,7 @@ from qtpy.QtWidgets import (
 
 from napari_unet.batch.job import BatchJob
 from napari_unet.errors import BadInput
-from napari_unet.inference.backends import DEVICES
-from napari_unet.inference.instances import ObjectSettings
+from napari_unet.inference.settings import DEVICES, ObjectSettings
 from napari_unet.widgets import _session
 from napari_unet.widgets._dock import form_rows, make_fold, text_label, while_alive
 from napari_unet.widgets._folder_field import FolderField

@@ -10,9 +10,10 @@ from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QCheckBox, QVBoxLayout, QWidget
 
 from napari_unet.errors import BadInput, BadModel, UnetError
-from napari_unet.inference.instances import ObjectSettings, label_classes
+from napari_unet.inference.instances import label_classes
 from napari_unet.inference.predict import predict_steps
 from napari_unet.inference.segment import Found, foreground
+from napari_unet.inference.settings import ObjectSettings
 from napari_unet.inference.source import open_source
 from napari_unet.models.checkpoint import read_model
 from napari_unet.models.model import Model

@@ -14,7 +14,7 @@ from napari_unet.widgets._dock import heading, text_label
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from napari_unet.inference.instances import ObjectSettings
+    from napari_unet.inference.settings import ObjectSettings
 
 LARGEST = 2000  # pixels that the slider reaches, if nobody wants more
 

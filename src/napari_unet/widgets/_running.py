@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from magicgui.widgets import CheckBox, ComboBox, SpinBox
 
-from napari_unet.inference.backends import DEVICES
+from napari_unet.inference.settings import DEVICES
 
 
 def choose_device() -> ComboBox:

@@ -12,9 +12,9 @@ from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
 
 from napari_unet.errors import UnetError
-from napari_unet.inference.backends import DEVICES
-from napari_unet.inference.instances import ObjectSettings, ObjectTable
+from napari_unet.inference.instances import ObjectTable
 from napari_unet.inference.part import LabelledPart
+from napari_unet.inference.settings import DEVICES, ObjectSettings
 from napari_unet.inference.store import ProbabilityStore, segment_stored_steps
 from napari_unet.widgets import _layers, _session
 from napari_unet.widgets._dock import (
