@@ -11,8 +11,8 @@ from napari_unet import Annotation, Model, TrainingSettings, UNet, save_model
 from napari_unet.files.atomic import sweep
 from napari_unet.steps import ChildError, in_child
 from napari_unet.training.fine_tune import fine_tune_project_steps
-from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, save_project
-from napari_unet.training.project_file import PROJECT_FILE
+from napari_unet.training.project import save_project
+from napari_unet.training.project_file import BASE_FILE, PROJECT_FILE, SNAPSHOT_FILE
 from napari_unet.training.snapshot import read_snapshot
 
 # Each step takes seconds.

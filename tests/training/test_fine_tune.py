@@ -24,7 +24,8 @@ from napari_unet.training.fine_tune import (
     fine_tune_project_steps,
     fine_tune_steps,
 )
-from napari_unet.training.project import BASE_FILE, save_project
+from napari_unet.training.project import save_project
+from napari_unet.training.project_file import BASE_FILE
 from napari_unet.training.settings import NO_AUGMENTATION, AugmentationSettings
 from napari_unet.training.snapshot import read_snapshot
 

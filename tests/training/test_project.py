@@ -28,13 +28,8 @@ from napari_unet.files.pixels import file_pixels, write_pixels_steps
 from napari_unet.models.checkpoint import read_model
 from napari_unet.steps import run_to_end
 from napari_unet.training.fine_tune import fine_tune_project_steps
-from napari_unet.training.project import (
-    BASE_FILE,
-    is_project,
-    load_project,
-    save_project,
-    save_project_steps,
-)
+from napari_unet.training.project import load_project, save_project, save_project_steps
+from napari_unet.training.project_file import BASE_FILE, is_project
 
 USUAL = TrainingSettings()
 KEPT = "u1 u2 u4 i1 i2 i4 f4 f8".split()

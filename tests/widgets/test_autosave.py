@@ -8,7 +8,8 @@ from napari.layers import Image
 
 from napari_unet.steps import run_to_end
 from napari_unet.training.annotations import Annotation
-from napari_unet.training.project import is_project, load_project, save_project
+from napari_unet.training.project import load_project, save_project
+from napari_unet.training.project_file import is_project
 from napari_unet.training.settings import TrainingSettings
 from napari_unet.widgets._autosave import Autosave, Choices, Contents, find_left
 

@@ -11,7 +11,7 @@ from napari_unet.errors import BadInput
 from napari_unet.steps import Progress
 from napari_unet.training.annotations import Annotation
 from napari_unet.training.fine_tune import TrainingSettings, fine_tune_steps
-from napari_unet.training.project import SNAPSHOT_FILE
+from napari_unet.training.project_file import SNAPSHOT_FILE
 from napari_unet.training.settings import TrainingStep, View
 from napari_unet.widgets import _training
 from napari_unet.widgets._live import LARGEST_PREVIEW, limit_preview

@@ -17,7 +17,8 @@ from tune_desk import cells, children, library_files, messages, weak_model
 from napari_unet.models.checkpoint import save_model
 from napari_unet.models.library import data_dir, library_dir, load_model
 from napari_unet.training.annotations import Annotation
-from napari_unet.training.project import is_project, load_project, save_project
+from napari_unet.training.project import load_project, save_project
+from napari_unet.training.project_file import is_project
 from napari_unet.training.settings import TrainingSettings
 from napari_unet.widgets import _project
 from napari_unet.widgets._autosave import find_left

@@ -274,7 +274,7 @@ def _untrained(
 
 
 def _project_snapshot(folder: Path) -> Path:
-    from napari_unet.training.project import SNAPSHOT_FILE, is_project
+    from napari_unet.training.project_file import SNAPSHOT_FILE, is_project
 
     if not is_project(folder):
         raise BadInput(

@@ -23,7 +23,8 @@ from napari_unet.training.adapt import untrained_model
 from napari_unet.training.annotations import check_annotations
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.loop import Training, is_better, learning_rate
-from napari_unet.training.project import SNAPSHOT_FILE, base_of, load_project
+from napari_unet.training.project import base_of, load_project
+from napari_unet.training.project_file import SNAPSHOT_FILE
 from napari_unet.training.settings import TrainingSettings, TrainingStep, View
 from napari_unet.training.snapshot import read_snapshot
 from napari_unet.training.validation import THRESHOLDS, score

@@ -30,12 +30,14 @@ from napari_unet.training.project_arrays import (
     write_steps,
 )
 from napari_unet.training.project_file import (
+    BASE_FILE,
     FOLDERS,
     PROJECT_FILE,
     Document,
     Entry,
     Stored,
     file_path,
+    is_project,
     read_document,
     write_document,
 )
@@ -46,19 +48,12 @@ if TYPE_CHECKING:
     from napari_unet.training.settings import TrainingSettings
 
 __all__ = [
-    "BASE_FILE",
-    "SNAPSHOT_FILE",
     "Project",
     "base_of",
-    "is_project",
     "load_project",
     "save_project",
     "save_project_steps",
 ]
-
-# Beside what is saved here a folder may hold a stopped training and its model.
-SNAPSHOT_FILE = "training.snapshot"
-BASE_FILE = "base.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +81,6 @@ class Project:
     ndim: Literal[2, 3]
     name: str
     saved: datetime.datetime
-
-
-def is_project(folder: str | Path) -> bool:
-    """Tell whether a folder is an annotation project, whole or damaged."""
-    return (Path(folder) / PROJECT_FILE).is_file()
 
 
 def base_of(folder: str | Path, project: Project) -> str | Path:

@@ -22,20 +22,26 @@ from napari_unet.files.atomic import atomic_path
 from napari_unet.training.settings import TrainingSettings
 
 __all__ = [
+    "BASE_FILE",
     "FOLDERS",
     "FORMAT",
     "PROJECT_FILE",
+    "SNAPSHOT_FILE",
     "Document",
     "Entry",
     "Kind",
     "Stored",
     "file_path",
     "file_stem",
+    "is_project",
     "read_document",
     "write_document",
 ]
 
 PROJECT_FILE = "project.json"
+# Beside that a folder may hold a stopped training and its model.
+SNAPSHOT_FILE = "training.snapshot"
+BASE_FILE = "base.safetensors"
 FORMAT: Final = "napari-unet project 1"
 Kind = Literal["image", "labels"]
 FOLDERS: dict[Kind, str] = {"image": "images", "labels": "labels"}
@@ -141,6 +147,11 @@ class Document(_Record):
 
 class _Head(BaseModel):
     format: str
+
+
+def is_project(folder: str | Path) -> bool:
+    """Tell whether a folder is an annotation project, whole or damaged."""
+    return (Path(folder) / PROJECT_FILE).is_file()
 
 
 def read_document(folder: Path) -> Document:

@@ -20,8 +20,8 @@ from napari_unet.errors import BadInput, BadOutput, UnetError
 from napari_unet.files.atomic import bad_output
 from napari_unet.models.library import data_dir
 from napari_unet.steps import run_to_end
-from napari_unet.training.project import is_project, save_project_steps
-from napari_unet.training.project_file import PROJECT_FILE
+from napari_unet.training.project import save_project_steps
+from napari_unet.training.project_file import PROJECT_FILE, is_project
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

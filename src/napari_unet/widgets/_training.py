@@ -24,8 +24,8 @@ from napari_unet.models.library import (
 )
 from napari_unet.steps import ChildSteps, Progress, in_child
 from napari_unet.training.fine_tune import fine_tune_project_steps
-from napari_unet.training.project import BASE_FILE, SNAPSHOT_FILE, save_project_steps
-from napari_unet.training.project_file import read_document
+from napari_unet.training.project import save_project_steps
+from napari_unet.training.project_file import BASE_FILE, SNAPSHOT_FILE, read_document
 from napari_unet.training.settings import TrainingStep, View
 from napari_unet.training.snapshot import read_snapshot
 from napari_unet.widgets._autosave import hold
