@@ -256,7 +256,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _border_weights(preset: _BorderWeights) -> BorderWeights | None:
     from napari_unet.models.model import BorderWeights
-    from napari_unet.training.weight_map import W0_SIGMA
+    from napari_unet.training.settings import W0_SIGMA
 
     if preset is _BorderWeights.NONE:
         return None

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NO_AUGMENTATION",
+    "W0_SIGMA",
     "AugmentationSettings",
     "TrainingSettings",
     "TrainingStep",
     "View",
 ]
+
+# Height and width of the border term of the weight map, by preset.
+W0_SIGMA = {"paper": (10.0, 5.0), "falk": (50.0, 6.0)}
 
 
 class AugmentationSettings(BaseModel):

@@ -10,16 +10,15 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, find_objects
 
 from napari_unet.errors import BadInput
+from napari_unet.training.settings import W0_SIGMA
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["W0_SIGMA", "border_weight_map", "cut_gaps"]
+__all__ = ["border_weight_map", "cut_gaps"]
 
 # Border weights below this are left out: it bounds how far an object reaches.
 _NEGLIGIBLE = 1e-5
-# Height and width of the border term, by preset.
-W0_SIGMA = {"paper": (10.0, 5.0), "falk": (50.0, 6.0)}
 
 
 def border_weight_map(

@@ -10,8 +10,11 @@ from qtpy.QtWidgets import QFormLayout, QLabel, QPushButton, QVBoxLayout, QWidge
 from superqt import QCollapsible
 
 from napari_unet.models.model import BorderWeights
-from napari_unet.training.settings import AugmentationSettings, TrainingSettings
-from napari_unet.training.weight_map import W0_SIGMA
+from napari_unet.training.settings import (
+    W0_SIGMA,
+    AugmentationSettings,
+    TrainingSettings,
+)
 from napari_unet.widgets._running import choose_device
 
 if TYPE_CHECKING:
