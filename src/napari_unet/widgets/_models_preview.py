@@ -10,9 +10,6 @@ from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QCheckBox, QVBoxLayout, QWidget
 
 from napari_unet.errors import BadInput, BadModel, UnetError
-from napari_unet.inference.instances import label_classes
-from napari_unet.inference.predict import predict_steps
-from napari_unet.inference.segment import Found, foreground
 from napari_unet.inference.settings import ObjectSettings
 from napari_unet.inference.source import open_source
 from napari_unet.models.checkpoint import read_model
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from napari.layers import Image
     from numpy.typing import NDArray
 
+    from napari_unet.inference.segment import Found
     from napari_unet.models.family import Entry
     from napari_unet.models.model import Passport
 
@@ -358,6 +356,10 @@ def preview_steps(
     -------
     Seen
     """
+    from napari_unet.inference.instances import label_classes
+    from napari_unet.inference.predict import predict_steps
+    from napari_unet.inference.segment import Found, foreground
+
     passport = model.passport
     sizes = tuple(sorted(options["pixel_size"].items()))
     key = (place, passport.normalization, model.rescaling(dict(sizes)))
