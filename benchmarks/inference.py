@@ -100,7 +100,7 @@ def our_classes(
 def raw_seconds(image: np.ndarray, executor: Executor) -> float:
     """Seconds of the bare network for as many pixels, on windows of a tile's size."""
     side = min(1376, image.shape[0] // 16 * 16)
-    window = np.zeros((1, side, side), np.float32)
+    window = torch.zeros(1, 1, side, side)
     stop = threading.Event()
     executor.run(window, None, stop)  # compiled before the clock starts
     times = max(1, round(image.size / side**2))

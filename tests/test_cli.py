@@ -115,9 +115,9 @@ def test_probabilities_come_from_the_same_pass(run, tmp_path, monkeypatch, class
     passes = []
     original = Backend.run
 
-    def counted(self, pixels, keep):
-        passes.append(pixels.shape)
-        return original(self, pixels, keep)
+    def counted(self, image, keep, **options):
+        passes.append(image.shape)
+        return original(self, image, keep, **options)
 
     monkeypatch.setattr(Backend, "run", counted)
     model = threshold_model(tmp_path / "m.safetensors", num_classes=classes)

@@ -10,9 +10,11 @@ from tiny import passport_of
 from napari_unet.batch import stitch
 from napari_unet.batch.stitch import Stitcher
 from napari_unet.errors import BadOutput
-from napari_unet.inference.instances import label_classes
+from napari_unet.inference.classify import encode
+from napari_unet.inference.objects import find_objects_steps
 from napari_unet.inference.segment import Found
 from napari_unet.inference.settings import ObjectSettings
+from napari_unet.steps import run_to_end
 
 
 def fields(count: int, shape, seed: int, blur: float) -> np.ndarray:
@@ -32,8 +34,10 @@ def stitched(probabilities, passport, wanted, block_shape, dtype=np.uint32):
     stitcher = Stitcher(
         labels, passport, wanted, block_shape, lambda dtype: np.full(shape, 9, dtype)
     )
+    kinds = [info.kind for info in passport.classes[1:]]
     for box in stitcher.blocks:
-        stitcher.add(box, probabilities[(slice(None), *box)])
+        part = probabilities[(slice(None), *box)]
+        stitcher.add(box, encode(part, kinds, wanted.threshold))
     ticks = list(ticks_of(stitcher.label_steps(start_of(passport))))
     return labels, ticks
 
@@ -49,11 +53,20 @@ def start_of(passport) -> int:
 
 
 def check(probabilities, passport, wanted, block_shape) -> np.ndarray:
-    whole, classes = label_classes(probabilities, passport, wanted)
+    kinds = [info.kind for info in passport.classes[1:]]
+    objects = run_to_end(find_objects_steps(probabilities, kinds, wanted))
+    whole = objects.labels
     labels, ticks = stitched(probabilities, passport, wanted, block_shape)
     np.testing.assert_array_equal(labels, whole)
     *ticks, found = ticks
-    assert found == Found.count(whole, classes, passport)
+    assert found == Found.count(objects, passport)
+    sizes = np.bincount(whole.ravel(), minlength=objects.first + len(objects.classes))
+    for index, kind in enumerate(kinds, start=1):
+        of_class = sizes[objects.first :][objects.classes == index]
+        region = sizes[index] if kind == "region" else 0
+        assert found.objects[index] == len(of_class)
+        assert found.pixels[index] == of_class.sum() + region
+    assert sum(found.pixels) == whole.size
     if ticks:
         assert [tick.done for tick in ticks] == sorted(tick.done for tick in ticks)
         assert ticks[-1].done == ticks[-1].total

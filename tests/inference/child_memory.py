@@ -6,7 +6,7 @@ python child_memory.py openvino|torch auto|float32 side base_channels
 import sys
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from napari_unet import UNet
 from napari_unet.inference import executors
@@ -29,10 +29,10 @@ def main(through: str, precision: str, side: str, base_channels: str) -> None:
     network = UNet(1, 2, base_channels=int(base_channels))
     backend = Backend(network, "cpu", precision)
     assert through in backend.title.lower()
-    backend.run(np.zeros((1, 64, 64), np.float32))
+    backend.run(torch.zeros(1, 1, 64, 64))
     forget_peak()
     before = peak()
-    backend.run(np.ones((1, int(side), int(side)), np.float32))
+    backend.run(torch.ones(1, 1, int(side), int(side)))
     measured = (peak() - before) / int(side) ** 2
     sys.stdout.write(f"{measured} {backend.bytes_per_pixel}\n")
 

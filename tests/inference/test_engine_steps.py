@@ -14,6 +14,7 @@ from whole_image import random_image, reference, trained_model
 from napari_unet.errors import BadInput, OutOfMemory
 from napari_unet.inference import backends, engine, executors
 from napari_unet.inference.backends import Backend, Device, choose_device
+from napari_unet.inference.transfers import Transfers
 from napari_unet.models.model import Model
 from napari_unet.network.unet import UNet
 from napari_unet.steps import Progress, run_to_end
@@ -284,11 +285,11 @@ def test_the_planes_to_come_are_split_too(limited, model):
     failures = []
     network_run = Backend.run
 
-    def run(self, pixels, keep=None):
+    def run(self, image, keep, **options):
         try:
-            return network_run(self, pixels, keep)
+            return network_run(self, image, keep, **options)
         except torch.OutOfMemoryError:
-            failures.append(pixels.shape)
+            failures.append(image.shape[1:])
             raise
 
     with pytest.MonkeyPatch.context() as patch:
@@ -357,8 +358,10 @@ class FullGpu:
 
     device = torch.device("cuda")
     max_input_pixels = 10**6
+    transfers = Transfers(torch.device("cpu"))
+    transfers.in_flight = 3
 
-    def run(self, pixels, keep):
+    def run(self, image, keep, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def empty_cache(self):
@@ -373,8 +376,8 @@ def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model):
     monkeypatch.setattr(
         engine,
         "Backend",
-        lambda network, device, precision: (
-            FullGpu() if device == "cuda" else Backend(network, device, precision)
+        lambda network, device, **options: (
+            FullGpu() if device == "cuda" else Backend(network, device, **options)
         ),
     )
     ticks, result = collect(predict_steps(image, model, tile_shape=(128, 128)))

@@ -51,7 +51,8 @@ def test_both_compute_what_the_network_does(options, data):
         *([OpenVinoExecutor(network, 1, reduced=False)] if can_execute(config) else []),
     ]:
         assert executor.precision == "float32"
-        found = executor.run(image, crop, threading.Event()).numpy()
+        tensor = torch.from_numpy(image)[None]
+        found = executor.run(tensor, crop, threading.Event()).numpy()
         np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)
 
 
@@ -146,7 +147,7 @@ def test_what_runs_ends_soon_after_closing(through, request):
 
     def run():
         try:
-            backend.run(np.zeros((1, 1600, 1600), np.float32))
+            backend.run(torch.zeros(1, 1, 1600, 1600))
         except Cancelled:
             ended.append(True)
 
@@ -158,4 +159,4 @@ def test_what_runs_ends_soon_after_closing(through, request):
     thread.join(2)
     assert ended == [True]
     with pytest.raises(Cancelled):
-        backend.run(np.zeros((1, 64, 64), np.float32))
+        backend.run(torch.zeros(1, 1, 64, 64))

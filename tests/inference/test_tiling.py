@@ -208,7 +208,7 @@ def test_tiles_of_different_brightness_fade_into_each_other(
     """Let every tile be all 0 or all 1: the worst that statistics can do."""
     calls = itertools.count()
 
-    def run(self, pixels, keep):
+    def run(self, image, keep, **options):
         sides = [stop - start for start, stop in keep]
         return np.full((2, *sides), next(calls) % 2, dtype=np.float32)
 

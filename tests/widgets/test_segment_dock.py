@@ -514,7 +514,7 @@ def test_engine_errors_are_words_and_the_button_comes_back(desk):
 
 @pytest.mark.filterwarnings("ignore:RuntimeError in aborted thread")
 def test_runtime_errors_are_not_swallowed(desk, monkeypatch):
-    def broken(self, image, keep):
+    def broken(self, image, keep, **options):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(Backend, "run", broken)

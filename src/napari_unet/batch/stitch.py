@@ -16,7 +16,7 @@ import numpy as np
 
 from napari_unet.batch.pieces import Pieces, blocks_of, grown_box, inner_box
 from napari_unet.errors import BadOutput
-from napari_unet.inference.classify import encode
+from napari_unet.inference.classify import code_type
 from napari_unet.inference.grow import grow_objects
 from napari_unet.inference.objects import number_objects
 from napari_unet.inference.segment import Found
@@ -74,27 +74,25 @@ class Stitcher:
         self._passport = passport
         self._settings = settings
         kinds = [info.kind for info in passport.classes]
-        self._kinds = kinds[1:]
         self._classes = [i for i, kind in enumerate(kinds) if kind == "objects"]
         self._regions = [i for i, kind in enumerate(kinds) if kind == "region"]
         # Twice the class of a pixel, and 1 more where it is above the threshold.
-        self._codes = new_array(np.min_scalar_type(2 * len(kinds)))
+        self._codes = new_array(code_type(kinds[1:]))
         self._new_array = new_array
         self._objects = np.zeros(len(kinds), dtype=np.int64)
         self._pixels = np.zeros(len(kinds), dtype=np.int64)
         self._done = 0
 
-    def add(self, box: Box, probabilities: NDArray[np.float32]) -> None:
-        """Take the probabilities of one block.
+    def add(self, box: Box, codes: NDArray) -> None:
+        """Take one block.
 
         Parameters
         ----------
         box : tuple of slice
             One of `blocks`.
-        probabilities : float32 array of shape (class, *block)
-            Of the classes after the background.
+        codes : array of the shape of the block
+            From `encode`.
         """
-        codes = encode(probabilities, self._kinds, self._settings.threshold)
         self._codes[box] = codes
         owner = codes // 2
         is_region = np.isin(owner, self._regions)

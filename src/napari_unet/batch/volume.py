@@ -15,12 +15,8 @@ import numpy as np
 from napari_unet.batch.stitch import Stitcher, check_numbers
 from napari_unet.errors import OutOfMemory
 from napari_unet.files.scratch import Scratch
-from napari_unet.inference.segment import (
-    Found,
-    Numbering,
-    foreground,
-    segment_units_steps,
-)
+from napari_unet.inference.classify import encode, foreground, to_codes
+from napari_unet.inference.segment import Found, Numbering, segment_units_steps
 from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
@@ -31,6 +27,8 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.pieces import Box
     from napari_unet.inference.engine import Predictor
+    from napari_unet.inference.runs import Runs
+    from napari_unet.inference.segment import Place
     from napari_unet.inference.settings import ObjectSettings
     from napari_unet.inference.source import Source
 
@@ -120,16 +118,13 @@ def segment_into_steps(
 def _units_steps(
     predictor: Predictor, settings: ObjectSettings, labels: Any, probabilities: Any
 ) -> Generator[Progress, None, Found]:
-    def write(
-        place: tuple[int | slice, ...], found: NDArray, predicted: NDArray
-    ) -> None:
-        if found.dtype.itemsize > labels.dtype.itemsize:
-            check_numbers(labels, int(found.max()))
-        labels[place] = found
-        if probabilities is not None:
-            probabilities[(slice(None), *place)] = predicted
+    def paint(place: Place, runs: Runs) -> None:
+        if runs.value.itemsize > labels.dtype.itemsize:
+            check_numbers(labels, int(runs.value.max(initial=0)))
+        labels[place] = predictor.to_output(runs.array())
 
-    return (yield from segment_units_steps(predictor, settings, write))
+    keep = None if probabilities is None else probabilities.__setitem__
+    return (yield from segment_units_steps(predictor, settings, paint, keep))
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,7 @@ def _blocks_steps(
                     f"{index * count + number + 1} of {len(predictor.units) * count}"
                 )
                 yield from _shifted_steps(
-                    _block_steps(part, stitcher, box, probabilities, view),
+                    _block_steps(part, stitcher, settings, box, probabilities, view),
                     index * size + number * tiles,
                     tiles,
                     total,
@@ -237,14 +232,24 @@ def _within(predictor: Predictor, unit: dict[str, int], box: Box) -> Predictor:
 
 
 def _block_steps(
-    part: Predictor, stitcher: Stitcher, box: Box, probabilities: Any, view: _View
+    part: Predictor,
+    stitcher: Stitcher,
+    settings: ObjectSettings,
+    box: Box,
+    probabilities: Any,
+    view: _View,
 ) -> Generator[Progress, None, None]:
-    predicted = yield from part.unit_steps(0)
+    kinds = [info.kind for info in part.model.passport.classes[1:]]
     tick = Progress(part.total, part.total)
-    yield from _finish_steps(part, tick, stitcher.add, box, foreground(predicted))
-    if probabilities is not None:
-        index = (slice(None), *view.index(box))
-        probabilities[index] = part.to_output(predicted)
+    if probabilities is None:
+        codes = yield from part.unit_steps(0, to_codes(kinds, settings.threshold))
+        codes = codes[0]
+    else:
+        predicted = yield from part.unit_steps(0)
+        probabilities[(slice(None), *view.index(box))] = part.to_output(predicted)
+        arguments = foreground(predicted), kinds, settings.threshold
+        codes = yield from _finish_steps(part, tick, encode, *arguments)
+    yield from _finish_steps(part, tick, stitcher.add, box, codes)
 
 
 def _finish_steps(

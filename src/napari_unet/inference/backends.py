@@ -6,13 +6,14 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-import numpy as np
 import psutil
 import torch
 
 from napari_unet.errors import BadInput, Cancelled
+from napari_unet.inference.classify import keep_all
 from napari_unet.inference.executors import Idle
 from napari_unet.inference.settings import DEVICES
+from napari_unet.inference.transfers import make_transfers
 from napari_unet.network.blocks import narrow
 from napari_unet.network.config import ProgramConfig, UNetConfig
 from napari_unet.network.cropping import can_crop, cropping
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from napari_unet.inference.classify import Reduction
     from napari_unet.network.cropping import Span
     from napari_unet.network.program import Network
 
 Precision = Literal["auto", "float32"]
 
-# Pixels. Larger tiles are hardly faster on a CPU, but report progress less often.
+# Pixels. Larger tiles are hardly faster on a CPU, but report progress less often; on
+# a GPU transfers, which go on beside the tiles before and after, would become longer.
 LARGEST_CPU_TILE = 1600**2
+LARGEST_GPU_TILE = 3072**2
 
 _idle = Idle()
 
@@ -145,15 +149,26 @@ class Backend:
         "auto" computes with 16 bits where the device does so itself; where classes
         are likelier by more than its rounding, they stay the same. "float32" also
         switches TF32 off.
+    memory_limit : float, optional
+        GB of the device's memory that tiles may take.
     """
 
-    def __init__(self, network: Network, device: str, precision: Precision = "auto"):
+    def __init__(
+        self,
+        network: Network,
+        device: str,
+        precision: Precision = "auto",
+        memory_limit: float | None = None,
+    ):
         if precision not in get_args(Precision):
             raise BadInput(
                 f"There is no precision {precision!r}; choose 'auto' or 'float32'."
             )
         self.device = torch.device(device)
         self.config = network.config
+        self.transfers = make_transfers(self.device)
+        self._network = network
+        self._memory_limit = memory_limit
         self._stop = threading.Event()
         self._running = threading.Lock()
         self._key, self._executor = _idle.take(
@@ -177,71 +192,86 @@ class Backend:
 
     @torch.inference_mode()
     def run(
-        self, image: NDArray[np.float32], keep: Sequence[Span] | None = None
-    ) -> NDArray[np.float32]:
-        """Compute the probabilities of one tile.
+        self,
+        image: Tensor,
+        keep: Sequence[Span] | None = None,
+        *,
+        augment: bool = False,
+        reduce: Reduction = keep_all,
+    ) -> NDArray:
+        """Compute the probabilities of one tile, and what is kept of them.
+
+        While one thread waits for a GPU's result, another may start the next tile.
 
         Parameters
         ----------
-        image : float32 array of shape (channel, *spatial)
-            Normalised, of legal sides.
+        image : float32 Tensor of shape (1, channel, *spatial)
+            Normalised, of legal sides, from ``transfers.upload``.
         keep : sequence of (int, int), optional
             The part of the output that is wanted: start and stop along each axis.
+        augment : bool
+            Average the probabilities over 8 flips and rotations in YX.
+        reduce : callable
+            See `Reduction`.
 
         Returns
         -------
-        float32 array of shape (class, *spatial)
-            Softmax over the classes; sigmoid where there is one.
+        array of shape (kept, *spatial)
+            Of the probabilities: float32, (class, *spatial), softmax over the classes,
+            sigmoid where there is one.
 
         Raises
         ------
         Cancelled
             If it was closed meanwhile.
         """
-        image = np.ascontiguousarray(image)
-        config, crop = self.config, None
-        if keep and isinstance(config, UNetConfig) and can_crop(config):
-            crop = cropping(config, keep, image.shape[1:])
         with self._running:
             if self._stop.is_set():
                 raise Cancelled("The computation was stopped.")
+            with self.transfers.computing(image):
+                if augment:
+                    probabilities = self._average_turned(image, keep)
+                else:
+                    probabilities = self._predict(image, keep)
+                pending = self.transfers.download(reduce(probabilities))
+        return pending()
+
+    def _predict(self, image: Tensor, keep: Sequence[Span] | None) -> Tensor:
+        """Return the probabilities (class, *spatial) of what is wanted of a tile."""
+        config, crop = self.config, None
+        if keep and isinstance(config, UNetConfig) and can_crop(config):
+            crop = cropping(config, keep, image.shape[2:])
+        output = self._executor.run(image, crop, self._stop)
+        if self._executor.precision == "float16" and not output.isfinite().all():
+            # Maps beyond 65504, the largest number it has: go on with wider ones.
+            self._key, self._executor = _idle.take(self._network, self.device, False)
             output = self._executor.run(image, crop, self._stop)
-            if keep and crop is None:
-                output = narrow(output, keep)
-            probabilities = self._to_probabilities(output)
-            result: NDArray[np.float32] = probabilities[0].cpu().numpy()
-        return result
-
-    def _to_probabilities(self, output: Tensor) -> Tensor:
-        config = self.config
+        if keep and crop is None:
+            output = narrow(output, keep)
         if isinstance(config, ProgramConfig) and config.outputs == "probabilities":
-            return output.clone()
-        return output.sigmoid() if output.shape[1] == 1 else output.softmax(dim=1)
+            return output[0].clone()
+        return (output.sigmoid() if output.shape[1] == 1 else output.softmax(1))[0]
 
-    def run_augmented(
-        self, image: NDArray[np.float32], keep: Sequence[Span] | None = None
-    ) -> NDArray[np.float32]:
+    def _average_turned(self, image: Tensor, keep: Sequence[Span] | None) -> Tensor:
         """Average the probabilities over 8 flips and rotations in YX."""
-        turns = [
-            self._run_turned(image, keep, k, flip) for flip in (0, 1) for k in range(4)
-        ]
-        mean: NDArray[np.float32] = np.mean(turns, axis=0)
-        return mean
+        total: Tensor | None = None
+        for flip in (False, True):
+            for quarters in range(4):
+                one = self._predict_turned(image, keep, quarters, flip)
+                total = one if total is None else total.add_(one)
+        assert total is not None
+        return total.div_(8)
 
-    def _run_turned(
-        self,
-        image: NDArray[np.float32],
-        keep: Sequence[Span] | None,
-        quarters: int,
-        flip: int,
-    ) -> NDArray[np.float32]:
+    def _predict_turned(
+        self, image: Tensor, keep: Sequence[Span] | None, quarters: int, flip: bool
+    ) -> Tensor:
         """Predict a rotated and flipped tile, and turn the result back."""
-        turned = np.rot90(image, quarters, axes=(-2, -1))
         if keep:
             sides = [side - 2 * self._shrink for side in image.shape[-2:]]
             keep = _turned(keep, sides, quarters, flip)
-        result = self.run(turned[..., ::-1] if flip else turned, keep)
-        return np.rot90(result[..., ::-1] if flip else result, -quarters, (-2, -1))
+        turned = image.rot90(quarters, (-2, -1))
+        result = self._predict((turned.flip(-1) if flip else turned).contiguous(), keep)
+        return (result.flip(-1) if flip else result).rot90(-quarters, (-2, -1))
 
     @property
     def bytes_per_pixel(self) -> int:
@@ -255,20 +285,34 @@ class Backend:
     @property
     def max_input_pixels(self) -> int:
         """Pixels of a tile, halo included, that fit comfortably into memory."""
-        each = self.bytes_per_pixel
         if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            return max(1, int(0.6 * free) // each)
-        available = int(psutil.virtual_memory().available)
-        return max(1, min(available // 3 // each, LARGEST_CPU_TILE))
+            usable, largest = 0.6 * _free_of_gpu(self.device), LARGEST_GPU_TILE
+        else:
+            usable, largest = psutil.virtual_memory().available / 3, LARGEST_CPU_TILE
+        if self._memory_limit is not None:
+            usable = min(usable, self._memory_limit * 1e9 - self._fixed_bytes)
+        return max(1, min(int(usable / self.bytes_per_pixel), largest))
+
+    @property
+    def _fixed_bytes(self) -> int:
+        """Expected memory that does not depend on the tile: the weights, twice."""
+        weights = sum(tensor.numel() for tensor in self._network.state_dict().values())
+        return 2 * self._executor.itemsize * weights
 
     def empty_cache(self) -> None:
         """Give unused memory back, after it ran out."""
         self._executor.release()
 
 
+def _free_of_gpu(device: torch.device) -> int:
+    """Return the bytes that are free, or that torch keeps and does not use."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + kept
+
+
 def _turned(
-    box: Sequence[Span], sides: Sequence[int], quarters: int, flip: int
+    box: Sequence[Span], sides: Sequence[int], quarters: int, flip: bool
 ) -> list[Span]:
     """Return where a box lies when its array is turned in YX, then flipped in X."""
     *others, y, x = box

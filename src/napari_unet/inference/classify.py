@@ -1,25 +1,89 @@
-"""Which class a pixel belongs to, and whether it is above the threshold."""
+"""What is kept of the probabilities of a tile, made where they were computed.
+
+A GPU then sends one byte of a pixel instead of a float of every class.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+Array = TypeVar("Array", "NDArray", Tensor)
+
+__all__ = [
+    "Reduction",
+    "code_type",
+    "encode",
+    "foreground",
+    "keep_all",
+    "quantise",
+    "to_codes",
+]
+
+# From float32 probabilities of shape (class, *spatial) to what is kept of them, of
+# shape (kept, *spatial). Each pixel by itself: tiles are reduced one by one.
+Reduction: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def keep_all(probabilities: Tensor) -> Tensor:
+    """Keep the probabilities as they are."""
+    return probabilities
+
+
+def quantise(probabilities: Tensor) -> Tensor:
+    """Keep the foreground's probabilities as uint8, 255 meaning 1.
+
+    0 is left for what is background for certain: NaN, or not predicted.
+    """
+    found = foreground(probabilities)
+    levels = (found * 255).round_()
+    return torch.where(found > 0, levels.clamp_(min=1), levels).to(torch.uint8)
+
+
+def to_codes(kinds: Sequence[str], threshold: float) -> Reduction:
+    """Return what keeps what objects are made of; see `encode`."""
+    return partial(_codes_of_all, kinds=tuple(kinds), threshold=threshold)
+
+
+def _codes_of_all(
+    probabilities: Tensor, kinds: Sequence[str], threshold: float
+) -> Tensor:
+    return _encode(foreground(probabilities), kinds, threshold)[None]
+
+
+def foreground(probabilities: Array) -> Array:
+    """Leave out the background's probabilities; a sigmoid has none.
+
+    Parameters
+    ----------
+    probabilities : array or Tensor of shape (class, ...)
+        As the engine gives them.
+
+    Returns
+    -------
+    array or Tensor of shape (class without background, ...)
+        A view.
+    """
+    return probabilities[1:] if len(probabilities) > 1 else probabilities
+
 
 def code_type(kinds: Sequence[str]) -> np.dtype:
     """The dtype of what `encode` returns."""
-    return np.min_scalar_type(2 * len(kinds) + 1)
+    return np.dtype(np.uint8 if 2 * len(kinds) + 1 < 256 else np.int32)
 
 
-def encode(
-    probabilities: NDArray, kinds: Sequence[str], threshold: float
-) -> NDArray[np.unsignedinteger]:
+def encode(probabilities: NDArray, kinds: Sequence[str], threshold: float) -> NDArray:
     """Say in one number what objects need to know of a pixel.
 
     Parameters
@@ -33,51 +97,58 @@ def encode(
 
     Returns
     -------
-    unsigned integer array of shape spatial
+    array of shape spatial, of `code_type`
         Twice the index of the class that the pixel belongs to, or would belong to;
         and 1 more where that is an object.
     """
-    scale = 255 if probabilities.dtype == np.uint8 else 1
-    if list(kinds) == ["objects"]:
-        is_possible = probabilities[0] > 0
-        codes: NDArray[np.unsignedinteger] = is_possible.view(np.uint8)
-        codes += codes
-        codes += probabilities[0] > threshold * scale
-        return codes
-    owner, strength = assign_classes(probabilities, kinds)
-    codes = 2 * owner.astype(code_type(kinds))
-    are_objects = np.array([False, *(kind == "objects" for kind in kinds)])
-    codes += (strength > threshold * scale) & are_objects[owner]
+    values = torch.from_numpy(np.require(probabilities, requirements="W"))
+    codes: NDArray = _encode(values, kinds, threshold).numpy()
     return codes
 
 
-def assign_classes(
-    probabilities: NDArray, kinds: Sequence[str]
-) -> tuple[NDArray, NDArray]:
-    """Decide which class a pixel belongs to, or would belong to.
+def _encode(probabilities: Tensor, kinds: Sequence[str], threshold: float) -> Tensor:
+    least = threshold
+    if probabilities.dtype == torch.uint8:
+        least = math.floor(255 * threshold)  # no integer lies between
+    if list(kinds) == ["objects"]:
+        codes = (probabilities[0] > 0).view(torch.uint8)
+        codes += codes.clone()
+        codes += probabilities[0] > least
+        return codes
+    owner, strength = _assign_classes(probabilities, kinds)
+    are_objects = torch.tensor(
+        [False, *(kind == "objects" for kind in kinds)], device=owner.device
+    )
+    dtype = torch.uint8 if code_type(kinds).itemsize == 1 else torch.int32
+    codes = 2 * owner.to(dtype)
+    codes += (strength > least) & are_objects[owner]
+    return codes
 
-    Parameters
-    ----------
-    probabilities, kinds
-        See `encode`.
+
+def _assign_classes(
+    probabilities: Tensor, kinds: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Decide which class a pixel belongs to, or would belong to.
 
     Returns
     -------
-    owner : unsigned integer array of shape spatial
+    owner : int64 Tensor of shape spatial
         Of a class of kind "objects" where it is the likeliest of all but the
         background, and possible at all; of a "region" where it beats the
         background, too. 0 elsewhere.
-    strength : array of shape spatial
+    strength : Tensor of shape spatial
         The probability of the likeliest class.
     """
-    scale = 255 if probabilities.dtype == np.uint8 else 1
-    strength = probabilities.max(axis=0)
-    dtype = np.min_scalar_type(len(probabilities))
-    owner = probabilities.argmax(axis=0).astype(dtype)
+    scale = 255 if probabilities.dtype == torch.uint8 else 1
+    strength = probabilities.amax(dim=0)
+    owner = probabilities.argmax(dim=0)  # of equal ones the first
     owner += 1
-    rest = scale - probabilities.sum(axis=0, dtype=np.float32)
+    rest = scale - probabilities.sum(dim=0, dtype=torch.float32)
     beaten = {"objects": strength == 0, "region": strength <= rest}
     for index, kind in enumerate(kinds, start=1):
-        is_lost = beaten.get(kind, True)
-        owner[(owner == index) & is_lost] = 0
+        is_lost = beaten.get(kind)
+        if is_lost is None:
+            owner[owner == index] = 0
+        else:
+            owner[(owner == index) & is_lost] = 0
     return owner, strength

@@ -11,23 +11,27 @@ import itertools
 import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import torch
 
 from napari_unet.errors import BadInput, OutOfMemory
+from napari_unet.inference.assembly import Blend, Strips
 from napari_unet.inference.backends import (
     Backend,
     Precision,
     choose_device,
     is_out_of_memory,
 )
+from napari_unet.inference.classify import keep_all
 from napari_unet.inference.grid import Grid
 from napari_unet.inference.source import Source, open_source
 from napari_unet.inference.tiling import (
     Tile,
-    blending_window,
     centred_input_box,
     choose_tile_shape,
     halve_longest,
@@ -43,7 +47,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
+    from napari_unet.inference.assembly import Assembly
+    from napari_unet.inference.classify import Reduction
     from napari_unet.models.model import Model
     from napari_unet.models.normalize import Scaling
 
@@ -92,6 +99,9 @@ class Predictor:
     pixel_size : mapping of str to float, optional
         Of the image in µm, by axis letter; with it the image is rescaled to the
         model's pixel size and the result comes back on the image's grid.
+    memory_limit : float, optional
+        GB that the network may take of the device's memory. By default 60 % of what
+        is free on a GPU, a third of it on a CPU.
     """
 
     def __init__(
@@ -107,6 +117,7 @@ class Predictor:
         precision: Precision = "auto",
         test_time_augmentation: bool = False,
         pixel_size: Mapping[str, float] | None = None,
+        memory_limit: float | None = None,
     ):
         self.model = model
         self.source, self.notes = open_source(image, model, axes, channels)
@@ -118,11 +129,13 @@ class Predictor:
         if isinstance(config, ProgramConfig) and config.fixed_shape:
             self._fixed = config
             config.check_turned(test_time_augmentation)
-        self._precision = precision
         self._augment = test_time_augmentation
         chosen = choose_device(device).that_runs(model.network)
         self.notes += [chosen.note] if chosen.note else []
-        backend = Backend(model.network, chosen.name, precision)
+        self._backend_on = partial(
+            Backend, model.network, precision=precision, memory_limit=memory_limit
+        )
+        backend = self._backend_on(chosen.name)
         self._is_part = False
         factors = model.rescaling(dict(pixel_size or {}))
         if factors:
@@ -130,7 +143,9 @@ class Predictor:
             self.notes.append(fit.capitalize() + ".")
         self._grid = Grid.over(self.source.spatial_shape, factors)
         self._given_tile_shape = tile_shape
-        self._shared = _Shared(backend, ThreadPoolExecutor(3, "napari-unet"))
+        # Tiles that are computed, one that is read, and objects that are made.
+        threads = backend.transfers.in_flight + 2
+        self._shared = _Shared(backend, ThreadPoolExecutor(threads, "napari-unet"))
         try:
             self._set_tiles()
         except BaseException:
@@ -207,41 +222,73 @@ class Predictor:
         classes = self.model.network.config.num_classes
         return classes, *[part.stop - part.start for part in sides]
 
-    def place(self, unit: Mapping[str, int]) -> tuple[int | slice, ...]:
-        """Index of a unit in an output without the class axis."""
-        return tuple(
-            unit[axis] - self.region[axis].start if axis in unit else slice(None)
-            for axis in self.source.output_axes
-        )
+    def place(
+        self, unit: Mapping[str, int], rows: slice = slice(None)
+    ) -> tuple[int | slice, ...]:
+        """Index of a unit, or of rows of it, in an output without the class axis."""
+        parts: dict[str, int | slice] = {
+            axis: index - self.region[axis].start for axis, index in unit.items()
+        }
+        parts[self.source.spatial[0]] = rows
+        return tuple(parts.get(a, slice(None)) for a in self.source.output_axes)
 
-    def to_output(self, unit_probabilities: NDArray) -> NDArray:
-        """Bring a unit's spatial axes into the order of the image's axes."""
+    def to_output(self, part: NDArray) -> NDArray:
+        """Bring the spatial axes, the last ones, into the order of the image's axes."""
         order = [a for a in self.source.output_axes if a in self.source.spatial]
-        axes = [1 + self.source.spatial.index(a) for a in order]
-        return unit_probabilities.transpose([0, *axes])
+        first = part.ndim - len(order)
+        axes = [first + self.source.spatial.index(a) for a in order]
+        return part.transpose([*range(first), *axes])
 
     @property
     def total(self) -> int:
         """Number of tiles of all units."""
         return len(self._tiles) * len(self.units)
 
-    def unit_steps(self, index: int) -> Generator[Progress, None, NDArray[np.float32]]:
-        """Predict one plane or volume.
+    def unit_steps(
+        self, index: int, reduce: Reduction = keep_all
+    ) -> Generator[Progress, None, NDArray]:
+        """Predict one plane or volume, and return it whole; see `strip_steps`."""
+        shape = tuple(part.stop - part.start for part in self._wanted)
+        whole: NDArray | None = None
+
+        def take(rows: slice, strip: NDArray) -> None:
+            nonlocal whole
+            if strip.shape[1:] == shape:
+                whole = strip
+                return
+            if whole is None:
+                whole = np.empty((len(strip), *shape), dtype=strip.dtype)
+            whole[:, rows] = strip
+
+        yield from self.strip_steps(index, take, reduce)
+        assert whole is not None
+        return whole
+
+    def strip_steps(
+        self,
+        index: int,
+        take: Callable[[slice, NDArray], None],
+        reduce: Reduction = keep_all,
+    ) -> Generator[Progress, None, None]:
+        """Predict one plane or volume, and hand it on in parts.
 
         Parameters
         ----------
         index : int
             Into `units`.
+        take : callable
+            Gets the parts in order, while others are computed, in another thread but
+            one at a time: where a part lies along the first spatial axis, counted from
+            the start of the region, and an array of shape (kept, *spatial), which is
+            on the image's grid and in the order of `Source.spatial`. It may keep it.
+        reduce : callable
+            What is kept of the probabilities: all of them, as float32 (class, ...),
+            if it is not given.
 
         Yields
         ------
         Progress
             Over all tiles of all units.
-
-        Returns
-        -------
-        float32 array of shape (class, *spatial)
-            On the image's grid, in the order of `Source.spatial`.
 
         Raises
         ------
@@ -253,17 +300,57 @@ class Predictor:
             yield self._progress(index, 0, note=self.notes.pop(0))
         reading = self.submit(self._open_unit, unit)
         source, scaling = yield from self._heartbeats(reading, index, 0)
-        probabilities = yield from self._tile_steps(source, scaling, unit, index)
-        if self._grid.rescales:
-            working = self.submit(self._grid.back, probabilities, self._wanted)
-            probabilities = yield from self.wait_steps(working, index)
-        if source.dtype.kind == "f":
-            self._clear_non_finite(source, unit, probabilities)
+        is_whole = self._grid.rescales or any(self._overlap)
+        assembly: Assembly = Strips(self._grid_region, self._tiles)
+        if is_whole:
+            shape, is_blended = self._grid.shape, any(self._overlap)
+            assembly = Blend(self._grid_region, shape, is_blended)
+        read = partial(self._read, source, scaling, unit)
+        tiles = self._tile_steps(read, index, keep_all if is_whole else reduce)
+        handing: Future[None] | None = None
+        try:
+            # Closed before what is handed on is waited for.
+            with closing(tiles):
+                for item in tiles:
+                    if isinstance(item, Progress):
+                        yield item
+                        continue
+                    for rows, part in assembly.add(*item):
+                        if handing is not None:
+                            yield from self.wait_steps(handing, index)
+                        arguments = source, unit, rows, part, is_whole, reduce, take
+                        handing = self.submit(self._hand_on, *arguments)
+                        del part
+            assert handing is not None
+            yield from self.wait_steps(handing, index)
+        finally:
+            # Nothing may be written into files that are being removed.
+            wait([handing] if handing is not None else [])
         if index == len(self.units) - 1 and not self._is_part:
             self.notes += self.last_notes()
         while self.notes:
             yield self._progress(index, len(self._tiles), note=self.notes.pop(0))
-        return probabilities
+
+    def _hand_on(
+        self,
+        source: Source,
+        unit: Mapping[str, int],
+        rows: slice,
+        part: NDArray,
+        is_whole: bool,
+        reduce: Reduction,
+        take: Callable[[slice, NDArray], None],
+    ) -> None:
+        """Give what is complete to who wants it."""
+        if is_whole:
+            part = self._grid.back(part, self._wanted)
+            rows = slice(0, part.shape[1])
+            part = reduce(torch.from_numpy(part)).numpy()
+        if source.dtype.kind == "f":
+            background = torch.zeros(self.output_shape[0], 1)
+            background[0] = len(background) > 1  # a sigmoid has none
+            self._clear_non_finite(source, unit, rows, part, reduce(background).numpy())
+        take(rows, part)
 
     def last_notes(self) -> list[str]:
         """Return what is known only when all parts of the image are predicted."""
@@ -286,7 +373,8 @@ class Predictor:
             only = len(self.units) == 1 and not self.source.loop
             is_all = not self._is_part and (of_plane or only)
             fitted = source if is_all else self.source
-            scalings[key] = fitted.scaling(how, unit if of_plane else None)
+            count = self._shared.backend.transfers.count
+            scalings[key] = fitted.scaling(how, unit if of_plane else None, count)
             if not of_plane and not scalings[key].gain.any():
                 self.notes.append("The image is constant: nothing can be found in it.")
         return source, scalings[key]
@@ -299,99 +387,97 @@ class Predictor:
         return self.source.windowed(unit, *self._grid.reach(start, stop))
 
     def _tile_steps(
-        self, source: Source, scaling: Scaling, unit: Mapping[str, int], index: int
-    ) -> Generator[Progress, None, NDArray[np.float32]]:
-        """Predict all tiles of a unit on the model's grid."""
-        origin = [part.start for part in self._grid_region]
-        shape = [part.stop - part.start for part in self._grid_region]
-        classes = self.model.network.config.num_classes
-        result = np.zeros((classes, *shape), dtype=np.float32)
-        weight = np.zeros(shape, dtype=np.float32) if any(self._overlap) else None
+        self,
+        read: Callable[[Tile], Tensor],
+        index: int,
+        reduce: Reduction,
+    ) -> Generator[Progress | tuple[Tile, Tile, NDArray], None, None]:
+        """Predict all tiles of a unit on the model's grid.
+
+        Yields
+        ------
+        Progress, or (tile, tile with its overlap, what is kept of it)
+        """
         waiting = deque(self._tiles)
-        ahead: dict[Tile, Future[NDArray[np.float32]]] = {}
-        while waiting:
-            done = len(self._tiles) - len(waiting)
-            # The next tile is read while this one is computed.
-            ahead = {
-                tile: ahead.get(tile)
-                or self.submit(self._read, source, scaling, unit, tile)
-                for tile in itertools.islice(waiting, 2)
-            }
-            tile = waiting.popleft()
-            computing = self.submit(self._predict, ahead.pop(tile), tile)
-            out_of_memory = False
+        flying: deque[tuple[Tile, Future[NDArray]]] = deque()
+        ahead: dict[Tile, Future[Tensor]] = {}
+        while waiting or flying:
+            in_flight = self._shared.backend.transfers.in_flight
+            # The next tile is read while those before are computed.
+            for tile in itertools.islice(waiting, in_flight - len(flying) + 1):
+                ahead[tile] = ahead.get(tile) or self.submit(read, tile)
+            while waiting and len(flying) < in_flight:
+                tile = waiting.popleft()
+                computing = self.submit(self._predict, ahead.pop(tile), tile, reduce)
+                flying.append((tile, computing))
+            tile, computing = flying.popleft()
+            done = len(self._tiles) - len(waiting) - len(flying) - 1
+            values: NDArray | None = None
             try:
-                kept, probabilities = yield from self._heartbeats(
-                    computing, index, done
-                )
+                values = yield from self._heartbeats(computing, index, done)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                out_of_memory = True
-            if out_of_memory:
+            if values is None:
                 # Outside the handler, whose traceback holds the tensors.
-                del computing
+                waiting.extendleft(other for other, _ in reversed(flying))
+                rest = [other for _, other in flying]
+                while wait(rest, HEARTBEAT).not_done:
+                    yield self._progress(index, done)
+                del computing, rest
+                flying.clear()
+                ahead.clear()
                 note = self._make_room(tile, waiting)
                 done = len(self._tiles) - len(waiting)
                 yield self._progress(index, done, note=note)
                 continue
-            box = tuple(
-                slice(max(a - o, 0), b - o)
-                for a, b, o in zip(kept.start, kept.stop, origin, strict=True)
-            )
-            if weight is None:
-                result[(slice(None), *box)] = probabilities
-            else:
-                window = blending_window(kept, tile, self._grid.shape)
-                result[(slice(None), *box)] += window * probabilities
-                weight[box] += window
+            yield tile, self._with_overlap(tile), values
             yield self._progress(index, done + 1)
-        if weight is not None:
-            result /= weight
-        return result
 
     def _read(
         self, source: Source, scaling: Scaling, unit: Mapping[str, int], tile: Tile
-    ) -> NDArray[np.float32]:
-        """Read what a tile needs, normalised."""
+    ) -> Tensor:
+        """Read what a tile needs, and bring it to the device."""
         start, stop, _ = self._input_box(tile)
-        return self._grid.read(source, scaling, unit, start, stop)
+        pixels = self._grid.read(source, scaling, unit, start, stop)
+        return self._shared.backend.transfers.upload(*pixels)
 
-    def _predict(
-        self, pixels: Future[NDArray[np.float32]], tile: Tile
-    ) -> tuple[Tile, NDArray[np.float32]]:
-        """Predict one tile; with it return the box that is kept of it."""
-        kept = tile.grown(self._overlap, self._grid_region)
-        offset = self._input_box(tile)[2]
+    def _predict(self, image: Future[Tensor], tile: Tile, reduce: Reduction) -> NDArray:
+        """Predict one tile with its overlap."""
+        offset, shape = self._input_box(tile)[2], self._with_overlap(tile).shape
+        box = [(o, o + n) for o, n in zip(offset, shape, strict=True)]
         backend = self._shared.backend
-        run = backend.run_augmented if self._augment else backend.run
-        box = [(o, o + n) for o, n in zip(offset, kept.shape, strict=True)]
-        return kept, run(pixels.result(), box)
+        return backend.run(image.result(), box, augment=self._augment, reduce=reduce)
+
+    def _with_overlap(self, tile: Tile) -> Tile:
+        return tile.grown(self._overlap, self._grid_region)
 
     def _input_box(
         self, tile: Tile
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        kept = tile.grown(self._overlap, self._grid_region)
+        kept = self._with_overlap(tile)
         if self._fixed is not None:
             return centred_input_box(kept, self._fixed)
         return input_box(kept, self.field, symmetric=self._augment)
 
     def _clear_non_finite(
-        self, source: Source, unit: Mapping[str, int], probabilities: NDArray
+        self,
+        source: Source,
+        unit: Mapping[str, int],
+        rows: slice,
+        part: NDArray,
+        background: NDArray,
     ) -> None:
         """Make pixels background where any channel is NaN or infinite."""
-        start = [part.start for part in self._wanted]
-        stop = [part.stop for part in self._wanted]
-        rows = max(1, (1 << 24) // math.prod(probabilities.shape[2:]))
-        for first in range(start[0], stop[0], rows):
-            last = min(first + rows, stop[0])
-            pixels = source.read(unit, [first, *start[1:]], [last, *stop[1:]])
-            bad = ~np.isfinite(pixels).all(axis=0)
+        start = [wanted.start for wanted in self._wanted]
+        stop = [wanted.stop for wanted in self._wanted]
+        step = max(1, (1 << 24) // math.prod(part.shape[2:]))
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            low, high = [start[0] + first, *start[1:]], [start[0] + last, *stop[1:]]
+            bad = ~np.isfinite(source.read(unit, low, high)).all(axis=0)
             if bad.any():
-                band = probabilities[:, first - start[0] : last - start[0]]
-                band[:, bad] = 0
-                if len(band) > 1:
-                    band[0, bad] = 1
+                part[:, first - rows.start : last - rows.start][:, bad] = background
                 self._shared.non_finite += int(bad.sum())
 
     def _make_room(self, tile: Tile, waiting: deque[Tile]) -> str:
@@ -418,7 +504,7 @@ class Predictor:
             )
         waiting.appendleft(tile)
         shared.backend.close()
-        shared.backend = Backend(self.model.network, "cpu", self._precision)
+        shared.backend = self._backend_on("cpu")
         return f"Memory ran out on {device}; going on on the CPU, which is slower."
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:

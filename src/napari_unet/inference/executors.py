@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from napari_unet.errors import Cancelled
+from napari_unet.inference.compiled import CompiledLater, can_compile
 from napari_unet.inference.openvino_executor import OpenVinoExecutor, can_execute
 from napari_unet.network.folding import fold_norms, split_first, split_values
 from napari_unet.network.program import Program
 from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
     from napari_unet.network.cropping import Cropping
     from napari_unet.network.program import Network
+
+    Compute = Callable[[Tensor, Cropping | None], Tensor]
+
+KEPT_SECONDS = 10  # that the working memory of an executor waits for the next image
 
 __all__ = ["Executor", "Idle", "TorchExecutor", "computes_bfloat16", "make_executor"]
 
@@ -44,17 +48,14 @@ class Executor(Protocol):
         """Bytes of one number of its maps."""
 
     def run(
-        self,
-        image: NDArray[np.float32],
-        cropping: Cropping | None,
-        stop: threading.Event,
+        self, image: Tensor, cropping: Cropping | None, stop: threading.Event
     ) -> Tensor:
         """Compute what the network gives for a tile.
 
         Parameters
         ----------
-        image : float32 array of shape (channel, *spatial)
-            Normalised, C-contiguous, of legal sides.
+        image : float32 Tensor of shape (1, channel, *spatial)
+            Normalised, on the executor's device, contiguous, of legal sides.
         cropping : Cropping or None
             What is wanted of the output; everything if None.
         stop : threading.Event
@@ -63,7 +64,7 @@ class Executor(Protocol):
         Returns
         -------
         float32 Tensor of shape (1, class, *spatial)
-            Valid until the next run.
+            Valid until the next run. A GPU may still be computing it.
         """
 
     def release(self) -> None:
@@ -133,10 +134,14 @@ class TorchExecutor:
         else:
             self._network = network.on(device).requires_grad_(False)
         self._stop = threading.Event()
-        # Between any two layers, so that a large tile on a slow CPU ends soon.
-        for module in self._network.modules():
-            if not list(module.children()):
-                module.register_forward_pre_hook(self._end_if_stopped)
+        self._compute: Compute = self._forward
+        if isinstance(network, UNet) and reduced and can_compile(device):
+            self._compute = CompiledLater(self._forward)
+        elif device.type != "cuda":
+            # Between any two layers, so that a large tile on a slow CPU ends soon.
+            for module in self._network.modules():
+                if not list(module.children()):
+                    module.register_forward_pre_hook(self._end_if_stopped)
 
     def _end_if_stopped(self, module: nn.Module, inputs: Any) -> None:
         if self._stop.is_set():
@@ -145,7 +150,8 @@ class TorchExecutor:
     @property
     def title(self) -> str:
         """What runs the network, and how precisely."""
-        return f"torch, {self.precision}"
+        compiled = isinstance(self._compute, CompiledLater) and self._compute.is_ready
+        return f"torch, {self.precision}{', compiled' * compiled}"
 
     @property
     def itemsize(self) -> int:
@@ -154,24 +160,23 @@ class TorchExecutor:
 
     @torch.inference_mode()
     def run(
-        self,
-        image: NDArray[np.float32],
-        cropping: Cropping | None,
-        stop: threading.Event,
+        self, image: Tensor, cropping: Cropping | None, stop: threading.Event
     ) -> Tensor:
         """See `Executor.run`."""
         self._stop = stop
-        tensor = torch.from_numpy(image)[None].to(self._device)
-        if self._splits:
-            tensor = split_values(tensor, self._dtype)
-        tensor = tensor.to(self._dtype)
-        if tensor.ndim == 4:
-            tensor = tensor.to(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=self._reduced):
-            if isinstance(self._network, UNet):
-                result: Tensor = self._network(tensor, cropping)
-            else:
-                result = self._network(tensor)
+            return self._compute(image, cropping)
+
+    def _forward(self, image: Tensor, cropping: Cropping | None) -> Tensor:
+        if self._splits:
+            image = split_values(image, self._dtype)
+        image = image.to(self._dtype)
+        if image.ndim == 4:
+            image = image.to(memory_format=torch.channels_last)
+        if isinstance(self._network, UNet):
+            result: Tensor = self._network(image, cropping)
+        else:
+            result = self._network(image)
         return result.float()
 
     def release(self) -> None:
@@ -201,13 +206,15 @@ class Idle:
     """The executor that was used last, until the next image comes.
 
     An executor is given to one user at a time: it is taken out, and put back when
-    nothing runs in it any more.
+    nothing runs in it any more. Its working memory is kept for the next image of a
+    batch, and given back when none comes.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._key: Any = None
         self._executor: Executor | None = None
+        self._releasing: threading.Timer | None = None
 
     def take(
         self, network: Network, device: torch.device, reduced: bool
@@ -218,15 +225,26 @@ class Idle:
             executor, self._executor = self._executor, None
             kept, self._key = self._key, None
         if executor is None or kept != key:
+            if executor is not None:
+                executor.release()
             del executor  # its memory, before that of the next
             executor = make_executor(network, device, reduced)
         return key, executor
 
     def put(self, key: Any, executor: Executor) -> None:
         """Keep an executor in which nothing runs, in place of the last."""
-        executor.release()
         with self._lock:
             self._key, self._executor = key, executor
+            if self._releasing is not None:
+                self._releasing.cancel()
+            self._releasing = threading.Timer(KEPT_SECONDS, self._release)
+            self._releasing.daemon = True
+            self._releasing.start()
+
+    def _release(self) -> None:
+        with self._lock:
+            if self._executor is not None:
+                self._executor.release()
 
 
 def _key(network: Network) -> Any:

@@ -99,10 +99,17 @@ class Grid:
         unit: Mapping[str, int],
         start: Sequence[int],
         stop: Sequence[int],
-    ) -> NDArray[np.float32]:
-        """Read a normalised box of the grid, mirrored beyond its edges."""
+    ) -> tuple[NDArray, Scaling | None]:
+        """Read a box of the grid, mirrored beyond its edges.
+
+        Returns
+        -------
+        pixels : array of shape (channel, *spatial)
+        scaling : Scaling or None
+            What still has to be applied to them.
+        """
         if not self.rescales:
-            return scaling.apply(source.read_mirrored(unit, start, stop))
+            return source.read_mirrored(unit, start, stop), scaling
         axes = self._there
 
         def read(low: Sequence[int], high: Sequence[int]) -> NDArray[np.float32]:
@@ -110,7 +117,7 @@ class Grid:
             pixels = source.read(unit, [i for i, _ in reach], [j for _, j in reach])
             return resample(scaling.apply(pixels), axes, low, high)
 
-        return read_mirrored(read, self.shape, start, stop)
+        return read_mirrored(read, self.shape, start, stop), None
 
     def back(
         self, block: NDArray[np.float32], wanted: Sequence[slice]

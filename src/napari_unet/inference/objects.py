@@ -116,12 +116,12 @@ def find_objects_steps(
     finder = ObjectFinder(shape, kinds, settings)
     for band in bands(shape):
         yield
-        finder.add(band, probabilities[:, band])
+        finder.add(band, encode(probabilities[:, band], kinds, settings.threshold))
     return (yield from finder.find_steps())
 
 
 class ObjectFinder:
-    """Finds objects in a plane or volume whose probabilities come in parts.
+    """Finds objects in a plane or volume that comes in parts.
 
     Parameters
     ----------
@@ -142,17 +142,16 @@ class ObjectFinder:
         if settings.split_touching or settings.grow:
             self._codes = np.empty(shape, dtype=code_type(kinds))
 
-    def add(self, band: slice, probabilities: NDArray) -> None:
+    def add(self, band: slice, codes: NDArray) -> None:
         """Take the next rows, or planes.
 
         Parameters
         ----------
         band : slice
             Along the first axis, after those before.
-        probabilities : array of shape (class, *spatial)
-            See `find_objects_steps`.
+        codes : array of shape spatial
+            From `encode`. It is changed.
         """
-        codes = encode(probabilities, self._kinds, self._settings.threshold)
         if self._codes is not None:
             self._codes[band] = codes
         codes *= _is_decided(codes, self._kinds)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from napari_unet.network.config import UNetConfig
     from napari_unet.network.cropping import Box, Cropping
-    from napari_unet.network.unet import UNet, UNetConfig
+    from napari_unet.network.unet import UNet
 
 __all__ = ["OpenVinoExecutor", "can_execute"]
 
@@ -72,7 +73,7 @@ class OpenVinoExecutor:
 
     def run(
         self,
-        image: NDArray[np.float32],
+        image: torch.Tensor,
         cropping: Cropping | None,
         stop: threading.Event,
     ) -> torch.Tensor:
@@ -80,8 +81,8 @@ class OpenVinoExecutor:
 
         Parameters
         ----------
-        image : float32 array of shape (channel, *spatial)
-            C-contiguous, of legal sides.
+        image : float32 Tensor of shape (1, channel, *spatial)
+            Contiguous, of legal sides.
         cropping : Cropping or None
             What is wanted of the output; everything if None.
         stop : threading.Event
@@ -97,11 +98,10 @@ class OpenVinoExecutor:
         Cancelled
             If it was stopped.
         """
-        tensor = torch.from_numpy(image)[None]
         if self._splits:
-            tensor = split_values(tensor, torch.bfloat16)
-        request = self._request(tuple(tensor.shape), cropping)
-        request.set_input_tensor(_shared_tensor(tensor.numpy()))
+            image = split_values(image, torch.bfloat16)
+        request = self._request(tuple(image.shape), cropping)
+        request.set_input_tensor(_shared_tensor(image.numpy()))
         request.start_async()
         while not request.wait_for(_POLL):
             if stop.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
@@ -29,6 +30,7 @@ class PredictOptions(TypedDict, total=False):
     precision: Precision
     test_time_augmentation: bool
     pixel_size: Mapping[str, float] | None
+    memory_limit: float | None
 
 
 def predict_steps(
@@ -39,12 +41,22 @@ def predict_steps(
     try:
         result = np.empty(predictor.output_shape, dtype=np.float32)
         for index, unit in enumerate(predictor.units):
-            probabilities = yield from predictor.unit_steps(index)
-            place = (slice(None), *predictor.place(unit))
-            result[place] = predictor.to_output(probabilities)
+            keep = partial(_keep, predictor, result, unit)
+            yield from predictor.strip_steps(index, keep)
         return result
     finally:
         predictor.close()
+
+
+def _keep(
+    predictor: Predictor,
+    result: NDArray[np.float32],
+    unit: dict[str, int],
+    rows: slice,
+    part: NDArray[np.float32],
+) -> None:
+    """Write a part of a plane or volume to its place."""
+    result[(slice(None), *predictor.place(unit, rows))] = predictor.to_output(part)
 
 
 def predict(
@@ -70,6 +82,7 @@ def predict(
         precision : "auto" or "float32".
         test_time_augmentation : average over 8 flips and rotations.
         pixel_size : mapping of axis letter to µm, for rescaling.
+        memory_limit : GB of the device's memory; a part of what is free by default.
 
     Returns
     -------

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
+from napari_unet.inference.classify import encode, foreground, keep_all, to_codes
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.instances import label_classes
 from napari_unet.inference.objects import ObjectFinder
 from napari_unet.inference.predict import PredictOptions
 from napari_unet.inference.settings import ObjectSettings
-from napari_unet.steps import Progress, mapped_steps, run_to_end
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -20,13 +22,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from napari_unet.inference.objects import Objects
+    from napari_unet.inference.runs import Runs
     from napari_unet.models.model import Model, Passport
+    from napari_unet.steps import Progress
 
-    Made = Future[tuple[NDArray, NDArray, "Found"]]
-
-Result = TypeVar("Result")
-
-BAND_ROWS = 2048  # of a plane: tiles as high waste little on what lies around them
+    Unit = dict[str, int]
+    Place = tuple[int | slice, ...]
 
 
 class SegmentOptions(PredictOptions, total=False):
@@ -67,22 +69,6 @@ class Numbering:
         return numbered
 
 
-def foreground(probabilities: NDArray) -> NDArray:
-    """Leave out the background's probabilities; a sigmoid has none.
-
-    Parameters
-    ----------
-    probabilities : array of shape (class, ...)
-        As the engine gives them.
-
-    Returns
-    -------
-    array of shape (class without background, ...)
-        A view.
-    """
-    return probabilities[1:] if len(probabilities) > 1 else probabilities
-
-
 @dataclass(frozen=True)
 class Found:
     """What was found in an image, or in a part of it.
@@ -108,24 +94,15 @@ class Found:
         return cls(passport, none, none)
 
     @classmethod
-    def count(
-        cls, labels: NDArray, object_classes: NDArray, passport: Passport
-    ) -> Self:
-        """Count what `label_classes` has found."""
-        kinds = [info.kind for info in passport.classes]
-        number = len(kinds) if "region" in kinds else 1
-        objects, pixels = [0] * len(kinds), [0] * len(kinds)
-        for index, kind in enumerate(kinds):
-            if kind == "region":
-                pixels[index] = int(np.count_nonzero(labels == index))
-            elif kind == "objects":
-                objects[index] = int(np.count_nonzero(object_classes == index))
-                end = number + objects[index]
-                of_class = (labels >= number) & (labels < end)
-                pixels[index] = int(np.count_nonzero(of_class))
-                number = end
-        pixels[0] = labels.size - sum(pixels)
-        return cls(passport, tuple(objects), tuple(pixels))
+    def count(cls, found: Objects, passport: Passport) -> Self:
+        """Count the objects of a plane or volume, and the pixels of every class."""
+        count = len(passport.classes)
+        # A region's value is its class; an object's follow them.
+        class_of = np.concatenate([np.arange(found.first), found.classes])
+        pixels = np.bincount(class_of[found.runs.value], found.runs.sizes, count)
+        pixels[0] = math.prod(found.runs.shape) - pixels[1:].sum()
+        objects = np.bincount(found.classes, minlength=count)
+        return cls(passport, tuple(objects.tolist()), tuple(map(int, pixels)))
 
     def __add__(self, other: Found) -> Found:
         objects, pixels = (
@@ -158,12 +135,13 @@ class Found:
 def segment_units_steps(
     predictor: Predictor,
     settings: ObjectSettings,
-    write: Callable[[tuple[int | slice, ...], NDArray, NDArray[np.float32]], None],
+    paint: Callable[[Place, Runs], None],
+    keep: Callable[[Place, NDArray[np.float32]], None] | None = None,
 ) -> Generator[Progress, None, Found]:
     """Segment plane after plane, or volume after volume.
 
-    Of one, objects are made while the network computes the next; no more than
-    these two are in memory.
+    What is above the threshold in one part is looked up while the network computes
+    the next; and of one plane, objects are made while it computes the next plane.
 
     Parameters
     ----------
@@ -171,10 +149,12 @@ def segment_units_steps(
         Of the image; it is left open.
     settings : ObjectSettings
         How objects are made.
-    write : callable
+    paint : callable
         Gets each plane or volume once, in order: its place in the image without
-        channels, its labels and its probabilities (class, ...), with the axes in
-        the image's order.
+        channels, and its labels, with the axes in the network's order.
+    keep : callable, optional
+        Gets the probabilities in parts, in order: the place of a part in an output
+        with classes, and a float32 array with the axes in the image's order.
 
     Yields
     ------
@@ -186,37 +166,39 @@ def segment_units_steps(
     Found
     """
     passport = predictor.model.passport
+    kinds = [info.kind for info in passport.classes[1:]]
+    sides = (predictor.region[axis] for axis in predictor.source.spatial)
+    shape = tuple(side.stop - side.start for side in sides)
+    reduce = keep_all if keep else to_codes(kinds, settings.threshold)
     numbering = Numbering(passport)
     total = Found.nothing(passport)
 
+    def take(finder: ObjectFinder, unit: Unit, rows: slice, part: NDArray) -> None:
+        codes = part[0]
+        if keep is not None:
+            codes = encode(foreground(part), kinds, settings.threshold)
+            place = slice(None), *predictor.place(unit, rows)
+            keep(place, predictor.to_output(part))
+        finder.add(rows, codes)
+
     def finish_steps(
-        unit: dict[str, int], probabilities: NDArray, making: Made, index: int
+        unit: Unit, finding: Future[Objects], index: int
     ) -> Generator[Progress, None, Found]:
-        labels, classes, found = yield from predictor.wait_steps(making, index)
-        labels = numbering.renumber(labels, classes)
-        write(
-            predictor.place(unit),
-            predictor.to_output(labels[None])[0],
-            predictor.to_output(probabilities),
-        )
-        return total + found
+        objects = yield from predictor.wait_steps(finding, index)
+        numbers = numbering.renumber(objects.runs.value, objects.classes)
+        paint(predictor.place(unit), objects.runs.valued(numbers))
+        return total + Found.count(objects, passport)
 
     before = None
     for index, unit in enumerate(predictor.units):
-        probabilities = yield from predictor.unit_steps(index)
+        finder = ObjectFinder(shape, kinds, settings)
+        yield from predictor.strip_steps(index, partial(take, finder, unit), reduce)
         if before is not None:
             total = yield from finish_steps(*before, index)
-        making = predictor.submit(_make_objects, probabilities, passport, settings)
-        before = unit, probabilities, making
+        before = unit, predictor.submit(run_to_end, finder.find_steps())
+        del finder
     assert before is not None  # no image is empty
     return (yield from finish_steps(*before, len(predictor.units) - 1))
-
-
-def _make_objects(
-    probabilities: NDArray, passport: Passport, settings: ObjectSettings
-) -> tuple[NDArray, NDArray, Found]:
-    labels, classes = label_classes(foreground(probabilities), passport, settings)
-    return labels, classes, Found.count(labels, classes, passport)
 
 
 def segment_steps(
@@ -246,104 +228,22 @@ def _steps(
             settings = replace(settings, **{name: value})
     predictor = Predictor(image, model, **options)  # type: ignore[misc]
     try:
-        if not keep and _goes_by_bands(predictor):
-            return (yield from _bands_steps(predictor, settings)), None
-        result: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
+        labels: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
         kept = np.empty(predictor.output_shape, dtype=np.float32) if keep else None
+        spatial = predictor.source.spatial
+        order = [a for a in predictor.source.output_axes if a in spatial]
+        axes = [order.index(axis) for axis in spatial]
 
-        def write(
-            place: tuple[int | slice, ...], labels: NDArray, probabilities: NDArray
-        ) -> None:
-            nonlocal result
-            result = result.astype(labels.dtype, copy=False)
-            result[place] = labels
-            if kept is not None:
-                kept[(slice(None), *place)] = probabilities
+        def paint(place: Place, runs: Runs) -> None:
+            nonlocal labels
+            labels = labels.astype(runs.value.dtype, copy=False)
+            runs.paint(labels[place].transpose(axes))
 
-        yield from segment_units_steps(predictor, settings, write)
-        return result, kept
+        write = None if kept is None else kept.__setitem__
+        yield from segment_units_steps(predictor, settings, paint, write)
+        return labels, kept
     finally:
         predictor.close()
-
-
-def _goes_by_bands(predictor: Predictor) -> bool:
-    """Tell whether planes are large, and what is predicted the same in parts."""
-    rows, *others = (predictor.region[axis] for axis in predictor.source.spatial)
-    is_large = len(others) == 1 and rows.stop - rows.start > BAND_ROWS
-    return is_large and not predictor.model.inexact_reason
-
-
-def _bands_steps(
-    predictor: Predictor, settings: ObjectSettings
-) -> Generator[Progress, None, NDArray]:
-    """Segment planes without keeping more of the probabilities than two bands.
-
-    What is above the threshold in one is looked up while the network computes the
-    next.
-    """
-    kinds = [info.kind for info in predictor.model.passport.classes[1:]]
-    spatial = predictor.source.spatial
-    shape = tuple(predictor.region[a].stop - predictor.region[a].start for a in spatial)
-    bands = [
-        slice(first, min(first + BAND_ROWS, shape[0]))
-        for first in range(0, shape[0], BAND_ROWS)
-    ]
-    numbering = Numbering(predictor.model.passport)
-    labels: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
-    order = [a for a in predictor.source.output_axes if a in spatial]
-    tick = Progress(0, len(predictor.units) * len(bands))
-    for index, unit in enumerate(predictor.units):
-        finder = ObjectFinder(shape, kinds, settings)
-        adding: Future[None] | None = None
-        for number, band in enumerate(bands):
-            region = {axis: slice(i, i + 1) for axis, i in unit.items()}
-            start = predictor.region[spatial[0]].start
-            region[spatial[0]] = slice(start + band.start, start + band.stop)
-            part = predictor.within(region)
-            steps = part.unit_steps(0)
-            before = index * len(bands) + number
-            total = len(predictor.units) * len(bands) * part.total
-            probabilities = yield from _shifted_steps(steps, before, part.total, total)
-            tick = Progress((before + 1) * part.total, total, "making objects")
-            if adding is not None:
-                yield from _wait_steps(predictor, adding, tick)
-            adding = predictor.submit(finder.add, band, foreground(probabilities))
-            del probabilities  # not kept while the next band is predicted
-        assert adding is not None  # no image is empty
-        yield from _wait_steps(predictor, adding, tick)
-        finding = predictor.submit(run_to_end, finder.find_steps())
-        objects = yield from _wait_steps(predictor, finding, tick)
-        numbers = numbering.renumber(objects.runs.value, objects.classes)
-        labels = labels.astype(numbers.dtype, copy=False)
-        plane = labels[predictor.place(unit)]
-        objects.runs.valued(numbers).paint(
-            plane.transpose([order.index(axis) for axis in spatial])
-        )
-    for note in predictor.last_notes():
-        yield replace(tick, note=note)
-    return labels
-
-
-def _shifted_steps(
-    steps: Generator[Progress, None, NDArray], before: int, tiles: int, total: int
-) -> Generator[Progress, None, NDArray]:
-    """Count the tiles of a part among those of all parts."""
-
-    def shifted(step: Progress) -> Progress:
-        done = before * tiles + min(step.done, tiles)
-        message = f"tile {min(done + 1, total)} of {total}"
-        return Progress(done, total, message, step.note)
-
-    return mapped_steps(steps, shifted)
-
-
-def _wait_steps(
-    predictor: Predictor, future: Future[Result], tick: Progress
-) -> Generator[Progress, None, Result]:
-    """Wait with heartbeats."""
-    for _ in predictor.wait_steps(future, 0):
-        yield tick
-    return future.result()
 
 
 def segment(image: Any, model: Model, **options: Unpack[SegmentOptions]) -> NDArray:

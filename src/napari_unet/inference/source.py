@@ -12,7 +12,7 @@ from napari_unet.errors import BadInput
 from napari_unet.inference.tiling import mirror_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -222,17 +222,22 @@ class Source:
             window, self.loop + "C" + self.spatial, channels, False, self.ndim
         )
 
-    def scaling(self, how: Normalization, unit: Mapping[str, int] | None) -> Scaling:
+    def scaling(
+        self,
+        how: Normalization,
+        unit: Mapping[str, int] | None,
+        count: Callable[[NDArray], NDArray[np.int64]] | None = None,
+    ) -> Scaling:
         """Fit the normalisation to a unit, or to the whole image when it is None.
 
         An array in memory is used whole; of a larger lazy image (or beyond
-        2**27 pixels) a sample with a fixed seed.
+        2**27 pixels) a sample with a fixed seed. For ``count`` see `Normalization.fit`.
         """
         if unit is None:
             units = list(self.units(self.full_region(None)))
         else:
             units = [dict(unit)]
-        scaling = how.fit(self._sample(units))
+        scaling = how.fit(self._sample(units), count)
         # A bad plane of a stack is background, as other bad pixels are.
         if np.isnan(scaling.fill).all() and (unit is None or not self.loop):
             raise BadInput(

@@ -6,17 +6,19 @@ import math
 import shutil
 import tempfile
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import psutil
 import zarr
 
+from napari_unet.inference.classify import quantise
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectTable
 from napari_unet.inference.objects import find_objects_steps
 from napari_unet.inference.part import label_part
-from napari_unet.inference.segment import Numbering, foreground
+from napari_unet.inference.segment import Numbering
 from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
@@ -81,16 +83,23 @@ class ProbabilityStore:
         """Predict and keep what the predictor's region covers."""
         region, self.computed_by = predictor.region, predictor.computed_by
         for index, unit in enumerate(predictor.units):
-            probabilities = yield from predictor.unit_steps(index)
-            found = predictor.to_output(foreground(probabilities))
-            # 0 is left for what is background for certain: NaN, or not covered.
-            quantised = np.rint(found * 255).astype(np.uint8)
-            quantised[(quantised == 0) & (found > 0)] = 1
-            place = tuple(
-                unit[axis] if axis in unit else region[axis] for axis in self.axes
-            )
-            self.data[(slice(None), *place)] = quantised
+            where = {axis: unit.get(axis, region[axis]) for axis in self.axes}
+            keep = partial(self._keep, predictor, where)
+            yield from predictor.strip_steps(index, keep, quantise)
             self._covered.add(tuple(unit[axis] for axis in self._loop))
+
+    def _keep(
+        self,
+        predictor: Predictor,
+        where: Mapping[str, int | slice],
+        rows: slice,
+        part: NDArray[np.uint8],
+    ) -> None:
+        """Write a part of a plane or volume to its place."""
+        first = predictor.source.spatial[0]
+        start = predictor.region[first].start
+        place = {**where, first: slice(start + rows.start, start + rows.stop)}
+        self.data[(slice(None), *place.values())] = predictor.to_output(part)
 
     def label_steps(
         self,

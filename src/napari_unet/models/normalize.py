@@ -17,10 +17,13 @@ from pydantic import (
 from napari_unet.errors import BadModel
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 LARGEST = 1e6  # a normalised value of an image is near 0 to 1
+_BLOCK = 1 << 20  # pixels that are counted at a time: they stay in the cache
 
 
 class Normalization(BaseModel):
@@ -67,13 +70,19 @@ class Normalization(BaseModel):
                 told.pop(name, None)
         return told
 
-    def fit(self, pixels: NDArray) -> Scaling:
+    def fit(
+        self,
+        pixels: NDArray,
+        count: Callable[[NDArray], NDArray[np.int64]] | None = None,
+    ) -> Scaling:
         """Derive the scaling of an image from its pixels.
 
         Parameters
         ----------
         pixels : array of shape (channel, ...), real
             The whole image or a sample of it. NaN and infinity are left out.
+        count : callable, optional
+            Does what `count_values` does, but faster.
 
         Returns
         -------
@@ -94,42 +103,122 @@ class Normalization(BaseModel):
                 f"The model's grey values are those of {len(fixed)} channels, not of "
                 f"{len(groups)}. Correct the brightness in the Models dock."
             )
-        fits = [self._fit_one(*both) for both in zip(groups, fixed, strict=True)]
+        fits = [
+            self._fit_one(values, limits, count or count_values)
+            for values, limits in zip(groups, fixed, strict=True)
+        ]
         if self.joint_channels:
             fits *= len(pixels)
         offset, gain, fill = np.array(fits, dtype=np.float64).T
         return Scaling(offset, gain, fill, self.clip)
 
     def _fit_one(
-        self, values: NDArray, fixed: tuple[float, float]
+        self,
+        values: NDArray,
+        fixed: tuple[float, float],
+        count: Callable[[NDArray], NDArray[np.int64]],
     ) -> tuple[float, float, float]:
+        """Return the offset and gain of a channel, and the median."""
         if values.dtype.kind == "f":
             values = values[np.isfinite(values)]
-        if values.dtype.kind == "b" or values.dtype == np.float16:
-            values = values.astype(np.float32)  # half sums and differences overflow
         if not values.size:
             return 0.0, 0.0, np.nan
-        median = float(np.median(values))
+        spread = (
+            _Counted(values, count)
+            if values.dtype.kind in "bui" and values.dtype.itemsize <= 2
+            else _Spread(values)
+        )
         if self.method == "fixed":
             low, high = fixed
         elif self.method == "mean_std":
-            mean = values.mean(dtype=np.float64)
-            low, high = mean, mean + values.std(dtype=np.float64)
+            low, deviation = spread.mean_std()
+            high = low + deviation
         else:
-            low, high = (float(v) for v in self._percentiles(values))
+            low, high = spread.percentiles(self.lower, self.upper)
             if high <= low:  # few bright pixels on a constant background
-                low, high = float(values.min()), float(values.max())
-        spread = float(high) - float(low)
-        gain = 1.0 / (spread + self.eps) if spread > 0 else 0.0
-        return float(low), gain, median
+                low, high = spread.percentiles(0, 100)
+        distance = high - low
+        gain = 1.0 / (distance + self.eps) if distance > 0 else 0.0
+        return low, gain, spread.percentiles(50)[0]
 
-    def _percentiles(self, values: NDArray) -> NDArray:
-        # Between signed values far apart, numpy's differences wrap around.
-        if values.dtype.kind == "i" or values.dtype.itemsize > 4:
-            small = values.dtype.itemsize < 4
-            values = values.astype(np.float32 if small else np.float64)
-        percentiles: NDArray = np.percentile(values, [self.lower, self.upper])
-        return percentiles
+
+class _Spread:
+    """How the values of a channel are spread."""
+
+    def __init__(self, values: NDArray):
+        # Between signed values far apart, numpy's differences wrap around; half sums
+        # of 16-bit floats overflow.
+        if values.dtype.kind in "iu":
+            values = values.astype(np.float64)
+        elif values.dtype == np.float16:
+            values = values.astype(np.float32)
+        self._values = values
+
+    def percentiles(self, *percents: float) -> list[float]:
+        """Interpolate linearly between the sorted values."""
+        found: list[float] = np.percentile(self._values, percents).tolist()
+        return found
+
+    def mean_std(self) -> tuple[float, float]:
+        """Return the mean and the standard deviation of all values."""
+        values = self._values
+        return (
+            float(values.mean(dtype=np.float64)),
+            float(values.std(dtype=np.float64)),
+        )
+
+
+class _Counted(_Spread):
+    """The same of integers of up to 16 bits, which are counted instead of sorted."""
+
+    def __init__(self, values: NDArray, count: Callable[[NDArray], NDArray[np.int64]]):
+        counts = count(values)
+        there = np.flatnonzero(counts)
+        self._counts = counts[there]
+        self._values = there + float(_least(values.dtype))
+        self._until = np.cumsum(self._counts)  # pixels up to each value
+
+    def percentiles(self, *percents: float) -> list[float]:
+        """See `_Spread.percentiles`."""
+        place = np.array(percents) / 100 * (self._until[-1] - 1)
+        low, high = (
+            self._values[np.searchsorted(self._until, whole, side="right")]
+            for whole in (np.floor(place), np.ceil(place))
+        )
+        found: list[float] = (low + (high - low) * (place % 1)).tolist()
+        return found
+
+    def mean_std(self) -> tuple[float, float]:
+        """See `_Spread.mean_std`."""
+        share = self._counts / self._until[-1]
+        mean = float(share @ self._values)
+        return mean, float(np.sqrt(share @ (self._values - mean) ** 2))
+
+
+def count_values(values: NDArray) -> NDArray[np.int64]:
+    """Count how often each value of an integer type occurs.
+
+    Parameters
+    ----------
+    values : array
+        Of bool, or of integers of up to 16 bits.
+
+    Returns
+    -------
+    int64 array of length 256 or 65536
+        From the least value of the type.
+    """
+    bins, least = 256**values.dtype.itemsize, _least(values.dtype)
+    total = np.zeros(bins, dtype=np.int64)
+    rows = max(1, _BLOCK * len(values) // values.size)
+    for first in range(0, len(values), rows):
+        block = values[first : first + rows].reshape(-1)
+        total += np.bincount(block - least if least else block, minlength=bins)
+    return total
+
+
+def _least(dtype: np.dtype) -> np.intp:
+    return np.intp(np.iinfo(dtype).min if dtype.kind == "i" else 0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +264,28 @@ class Scaling:
         gain = self.gain.reshape(shape).astype(values.dtype)
         with np.errstate(over="ignore"):
             scaled = (values - offset) * gain
+        return np.clip(scaled, *self._limits, out=scaled).astype(np.float32)
+
+    def apply_to_tensor(self, tile: Tensor) -> Tensor:
+        """Normalise integers of up to 16 bits on the device where they are.
+
+        Parameters
+        ----------
+        tile : integer Tensor of shape (channel, *spatial)
+
+        Returns
+        -------
+        float32 Tensor of the same shape
+            Equal to what `apply` gives.
+        """
+        values = tile.float()
+        shape = (-1, *[1] * (tile.ndim - 1))
+        values -= values.new_tensor(self.offset).reshape(shape)
+        values *= values.new_tensor(self.gain).reshape(shape)
+        return values.clamp_(*self._limits)
+
+    @property
+    def _limits(self) -> tuple[float, float]:
         # The largest float is a common mark for "no data"; it must not overflow.
         low, high = self.clip or (None, None)
-        low, high = -LARGEST if low is None else low, LARGEST if high is None else high
-        return np.clip(scaled, low, high, out=scaled).astype(np.float32)
+        return -LARGEST if low is None else low, LARGEST if high is None else high

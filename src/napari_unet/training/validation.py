@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from napari_unet.inference.classify import foreground
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import label_classes
-from napari_unet.inference.segment import foreground
 from napari_unet.inference.settings import ObjectSettings
 from napari_unet.training.scores import score_images
 

@@ -14,7 +14,7 @@ from napari_unet.inference.settings import ObjectSettings
 from napari_unet.inference.source import open_source
 from napari_unet.models.checkpoint import read_model
 from napari_unet.models.model import Model
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, run_to_end
 from napari_unet.widgets import _layers
 from napari_unet.widgets._dock import form_rows, text_label, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
@@ -356,9 +356,10 @@ def preview_steps(
     -------
     Seen
     """
-    from napari_unet.inference.instances import label_classes
+    from napari_unet.inference.classify import foreground
+    from napari_unet.inference.objects import find_objects_steps
     from napari_unet.inference.predict import predict_steps
-    from napari_unet.inference.segment import Found, foreground
+    from napari_unet.inference.segment import Found
 
     passport = model.passport
     sizes = tuple(sorted(options["pixel_size"].items()))
@@ -378,6 +379,7 @@ def preview_steps(
     ]
     one = probabilities.reshape(len(probabilities), *sides)
     settings = ObjectSettings.recommended(passport)
-    labels, classes = label_classes(foreground(one), passport, settings)
-    found = Found.count(labels, classes, passport)
-    return Seen(key, probabilities, labels.reshape(shape), found)
+    kinds = [info.kind for info in passport.classes[1:]]
+    objects = run_to_end(find_objects_steps(foreground(one), kinds, settings))
+    found = Found.count(objects, passport)
+    return Seen(key, probabilities, objects.labels.reshape(shape), found)

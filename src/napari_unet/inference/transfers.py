@@ -1,0 +1,161 @@
+"""Between the computer's memory and that of a device, beside what it computes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from napari_unet.models.normalize import count_values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
+
+    from napari_unet.models.normalize import Scaling
+
+    Pending = Callable[[], NDArray]
+
+__all__ = ["Transfers", "make_transfers"]
+
+_BLOCK = 1 << 23  # pixels that are counted at a time
+
+
+def make_transfers(device: torch.device) -> Transfers:
+    """Return what brings arrays to a device and back in the best way it has."""
+    return CudaTransfers(device) if device.type == "cuda" else Transfers(device)
+
+
+class Transfers:
+    """Brings arrays to a device and back, one after the other.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    in_flight = 1  # tiles that are computed at a time
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def upload(self, pixels: NDArray, scaling: Scaling | None) -> Tensor:
+        """Bring the pixels of a tile to the device, in any thread.
+
+        Parameters
+        ----------
+        pixels : array of shape (channel, *spatial)
+            On their way, integers of up to 16 bits are half the bytes of float32.
+        scaling : Scaling or None
+            How they are normalised; None if they are already.
+
+        Returns
+        -------
+        float32 Tensor of shape (1, channel, *spatial)
+            Normalised.
+        """
+        if scaling is not None and not self._normalises(pixels):
+            pixels, scaling = scaling.apply(pixels), None
+        tensor = self._copy(torch.from_numpy(np.ascontiguousarray(pixels)))
+        if scaling is not None:
+            tensor = scaling.apply_to_tensor(tensor)
+        return tensor[None]
+
+    def count(self, values: NDArray) -> NDArray[np.int64]:
+        """Do what `count_values` does, on the device if that is faster."""
+        return count_values(values)
+
+    def _normalises(self, pixels: NDArray) -> bool:
+        """Tell whether pixels are normalised on the device."""
+        del pixels
+        return False
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
+
+    def computing(self, image: Tensor) -> AbstractContextManager[object]:
+        """Within it, computations on an uploaded tile may be started."""
+        del image
+        return nullcontext()
+
+    def download(self, tensor: Tensor) -> Pending:
+        """Begin to fetch what was computed; called within `computing`.
+
+        Returns
+        -------
+        callable
+            Waits for it and returns it as an array, in any thread.
+        """
+        array: NDArray = tensor.cpu().numpy()
+        return lambda: array
+
+
+class CudaTransfers(Transfers):
+    """Brings arrays to a GPU and back while it computes other tiles.
+
+    Uploads, computations and downloads have a stream each; host memory is
+    page-locked, in buffers that torch keeps and uses again.
+    """
+
+    in_flight = 3  # one is computed, one is queued, one is fetched
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._up, self._computing, self._down = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for _ in range(3)
+        )
+
+    def upload(self, pixels: NDArray, scaling: Scaling | None) -> Tensor:
+        """See `Transfers.upload`."""
+        with torch.cuda.stream(self._up):
+            return super().upload(pixels, scaling)
+
+    def count(self, values: NDArray) -> NDArray[np.int64]:
+        """See `Transfers.count`."""
+        bins = 256**values.dtype.itemsize
+        least = np.iinfo(values.dtype).min if values.dtype.kind == "i" else 0
+        flat = np.ascontiguousarray(values).reshape(-1)
+        total = torch.zeros(bins, dtype=torch.int64, device=self._device)
+        with torch.cuda.stream(self._up):
+            for first in range(0, flat.size, _BLOCK):
+                part = self._copy(torch.from_numpy(flat[first : first + _BLOCK]))
+                index = part.int() - least
+                total += torch.bincount(index, minlength=bins)
+        counts: NDArray[np.int64] = total.cpu().numpy()
+        return counts
+
+    def _normalises(self, pixels: NDArray) -> bool:
+        return pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def computing(self, image: Tensor) -> AbstractContextManager[object]:
+        """See `Transfers.computing`."""
+        self._computing.wait_stream(self._up)
+        image.record_stream(self._computing)
+        return torch.cuda.stream(self._computing)
+
+    def download(self, tensor: Tensor) -> Pending:
+        """See `Transfers.download`."""
+        tensor = tensor.contiguous()
+        self._down.wait_stream(self._computing)
+        with torch.cuda.stream(self._down):
+            array = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            array.copy_(tensor, non_blocking=True)
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record(self._down)
+        tensor.record_stream(self._down)
+
+        def wait() -> NDArray:
+            done.synchronize()
+            result: NDArray = array.numpy()
+            return result
+
+        return wait
