@@ -20,7 +20,6 @@ from napari_unet.errors import BadInput, BadOutput, UnetError
 from napari_unet.files.atomic import bad_output
 from napari_unet.models.library import data_dir
 from napari_unet.steps import run_to_end
-from napari_unet.training.project import save_project_steps
 from napari_unet.training.project_file import PROJECT_FILE, is_project
 
 if TYPE_CHECKING:
@@ -382,14 +381,18 @@ def _frozen(contents: Contents) -> Contents:
 
 
 def _write_steps(folder: Path, contents: Contents) -> Generator[Progress, None, Path]:
+    from napari_unet.training.project import save_project_steps
+
     choices = contents.choices
-    return save_project_steps(
-        folder,
-        contents.annotations,
-        choices.settings,
-        base=choices.base,
-        ndim=choices.ndim,
-        name=choices.name,
+    return (
+        yield from save_project_steps(
+            folder,
+            contents.annotations,
+            choices.settings,
+            base=choices.base,
+            ndim=choices.ndim,
+            name=choices.name,
+        )
     )
 
 

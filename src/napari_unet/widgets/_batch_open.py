@@ -11,7 +11,6 @@ from napari.layers import Image, Labels
 from qtpy.QtCore import QObject
 
 from napari_unet.errors import BadInput
-from napari_unet.files.images import read_image
 from napari_unet.steps import Progress
 from napari_unet.widgets import _layers
 from napari_unet.widgets._dock import while_alive
@@ -146,6 +145,8 @@ def _read_steps(
     image: Path, labels: Path, axes: str | None
 ) -> Generator[Progress, None, tuple[ImageFile, ImageFile | None]]:
     yield Progress(0, 1, "reading the image")
+    from napari_unet.files.images import read_image
+
     read = read_image(image, axes)
     yield Progress(0, 1, "reading the labels")
     if not labels.exists():

@@ -1,4 +1,7 @@
-"""The steps of a batch, at a pace that a viewer can follow."""
+"""The steps of a batch, at a pace that a viewer can follow.
+
+What they need is imported when they run, in a thread: torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from napari_unet.batch.folder import batch_steps
 from napari_unet.steps import Progress
 from napari_unet.widgets._batch_table import Row
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.job import BatchJob
     from napari_unet.batch.run import BatchProgress, BatchReport
+    from napari_unet.batch.survey import Survey
+    from napari_unet.models.model import Model
 
 INTERVAL = 0.05  # seconds between two steps
 PARTS = 10_000  # of the whole; bytes are too many for a progress bar
@@ -40,6 +44,13 @@ class BatchStep(Progress):
     current: str = ""
 
 
+def look_steps(job: BatchJob, model: Model) -> Generator[Progress, None, Survey]:
+    """Do what `survey_steps` does."""
+    from napari_unet.batch.survey import survey_steps
+
+    return (yield from survey_steps(job, model))
+
+
 def run_batch_steps(
     job: BatchJob, *, resume: bool, overwrite: bool
 ) -> Generator[BatchStep, None, BatchReport]:
@@ -61,6 +72,8 @@ def run_batch_steps(
     BatchReport
     """
     yield BatchStep(0, PARTS, "preparing")
+    from napari_unet.batch.folder import batch_steps
+
     gathered = _Gathered()
     with closing(batch_steps(job, resume=resume, overwrite=overwrite)) as steps:
         while True:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 from qtpy.QtWidgets import QComboBox, QFormLayout
 
@@ -145,8 +144,11 @@ def resolve(
     if any(array.shape != image.shape for array in arrays):
         raise BadInput("The channel layers differ in size; choose others.")
     lazy = not all(isinstance(array, np.ndarray) for array in arrays)
-    stacked = da.stack(arrays) if lazy else np.stack(arrays)
-    return stacked, "C" + axes, None
+    if not lazy:
+        return np.stack(arrays), "C" + axes, None
+    import dask.array as da  # takes a second the first time
+
+    return da.stack(arrays), "C" + axes, None
 
 
 def take_channels(image: Any, axes: str, numbers: list[int]) -> tuple[Any, str]:
@@ -154,5 +156,8 @@ def take_channels(image: Any, axes: str, numbers: list[int]) -> tuple[Any, str]:
     before = (slice(None),) * axes.index("C")
     if len(numbers) == 1:
         return image[(*before, numbers[0])], axes.replace("C", "")
-    lazy = da.from_array(image, name=False) if isinstance(image, np.ndarray) else image
-    return lazy[(*before, numbers)], axes
+    if isinstance(image, np.ndarray):
+        import dask.array as da  # takes a second the first time
+
+        image = da.from_array(image, name=False)
+    return image[(*before, numbers)], axes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 from napari.layers import Image, Labels
 
@@ -205,11 +204,15 @@ def show_probabilities(
     space : dict
         From `label_space`.
     """
+    lazy = data
+    if not isinstance(data, np.ndarray):
+        import dask.array as da  # takes a second the first time
+
+        lazy = da.from_array(data)
     for index, class_name in enumerate(class_names):
         title = f"{name} {class_name} probability"
         key = {PROBABILITIES: title}
         old = next((layer for layer in viewer.layers if layer.metadata == key), None)
-        lazy = data if isinstance(data, np.ndarray) else da.from_array(data)
         pixels = lazy[index]
         if isinstance(old, Image) and old.ndim == pixels.ndim:
             old.data = pixels

@@ -9,9 +9,7 @@ import numpy as np
 from napari.layers import Image, Labels
 
 from napari_unet.steps import Progress
-from napari_unet.training.annotations import derive_truths
 from napari_unet.training.settings import View
-from napari_unet.training.weight_map import border_weight_map
 from napari_unet.widgets import _layers
 
 if TYPE_CHECKING:
@@ -251,6 +249,9 @@ def weight_steps(
     float32 array of the shape of the labels
     """
     yield Progress(0, 1, "weight map")
+    from napari_unet.training.annotations import derive_truths
+    from napari_unet.training.weight_map import border_weight_map
+
     shape = annotation.labels.shape
     truth = next((t for _, t in derive_truths(annotation, 2 if ndim == 2 else 3)), None)
     if truth is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import (
     QComboBox,
@@ -16,11 +15,11 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from napari_unet.inference.backends import Backend
 from napari_unet.models.library import list_models, load_model
-from napari_unet.network.unet import UNet
+from napari_unet.network.config import UNetConfig
 from napari_unet.steps import Progress
 from napari_unet.widgets._dock import narrow, while_alive
+from napari_unet.widgets._engine import import_torch, when_drawn
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
@@ -231,22 +230,19 @@ class ModelChooser(QWidget):
             self._on_change()
             return
         self.loading = self.chosen
+        self._on_change()
+        when_drawn(self._start_loading)
 
-        def load_steps(name: str) -> Generator[Progress, None, Model]:
-            yield Progress(0, 1, "loading the model")
-            model = load_model(name)
-            _make_ready(model)
-            return model
-
+    @while_alive
+    def _start_loading(self) -> None:
         start_worker(
-            load_steps(self.loading),
+            _load_steps(self.loading),
             title="Loading the model",
             on_progress=lambda step: None,
             on_result=self._on_loaded,
             on_error=self._on_failed,
             on_finished=self._on_finished,
         )
-        self._on_change()
 
     @while_alive
     def _on_loaded(self, model: Model) -> None:
@@ -268,11 +264,24 @@ class ModelChooser(QWidget):
         self._on_change()
 
 
+def _load_steps(name: str) -> Generator[Progress, None, Model]:
+    yield Progress(0, 1, "loading the model")
+    import_torch()
+    model = load_model(name)
+    _make_ready(model)
+    return model
+
+
 def _make_ready(model: Model) -> None:
     """Make now what runs a network on the CPU, rather than at the first click.
 
     That takes as long as a small image. On a GPU it is left to the click: it would
     take memory there from whoever only looks at the dock.
     """
-    if isinstance(model.network, UNet) and not torch.accelerator.is_available():
+    import torch
+
+    from napari_unet.inference.backends import Backend
+
+    is_unet = isinstance(model.network.config, UNetConfig)
+    if is_unet and not torch.accelerator.is_available():
         Backend(model.network, "cpu").close()

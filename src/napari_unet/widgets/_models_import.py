@@ -23,7 +23,6 @@ from qtpy.QtWidgets import (
 
 from napari_unet.errors import NeedsTrust
 from napari_unet.models.library import import_steps
-from napari_unet.models.trust import explain
 from napari_unet.models.web import is_url
 from napari_unet.steps import Progress
 from napari_unet.widgets._dock import while_alive
@@ -207,6 +206,8 @@ def ask_first_steps(source: str) -> Generator[Progress, None, str | Question]:
     try:
         return (yield from import_steps(source))
     except NeedsTrust as error:
+        from napari_unet.models.trust import explain
+
         return Question(explain(short(source), error))
 
 

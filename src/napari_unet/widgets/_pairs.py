@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from napari.layers import Image, Labels, Shapes
 
-from napari_unet.training.annotations import Annotation
 from napari_unet.widgets import _layers
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
     from napari.viewer import Viewer
     from numpy.typing import NDArray
+
+    from napari_unet.training.annotations import Annotation
 
 _ELLIPSE_CORNERS = 64
 
@@ -185,6 +186,8 @@ def read_pair(pair: Pair, axes: str, meaning: Meaning) -> Annotation:
     -------
     Annotation
     """
+    from napari_unet.training.annotations import Annotation
+
     regions = pair.regions
     return Annotation(
         _layers.image_array(pair.image),

@@ -20,7 +20,6 @@ from qtpy.QtWidgets import (
 
 from napari_unet.errors import UnetError
 from napari_unet.steps import Progress
-from napari_unet.training.project import load_project
 from napari_unet.widgets import _session
 from napari_unet.widgets._autosave import Autosave, find_left
 from napari_unet.widgets._dock import text_label, while_alive
@@ -343,4 +342,6 @@ def _finish(autosave: Autosave) -> None:
 
 def _load_steps(folder: Path) -> Generator[Progress, None, Project]:
     yield Progress(0, 1, "opening the project")
+    from napari_unet.training.project import load_project
+
     return load_project(folder)

@@ -10,7 +10,6 @@ from qtpy.QtCore import QObject
 
 from napari_unet.errors import BadInput
 from napari_unet.steps import Progress
-from napari_unet.training.annotations import find_problems, known_pixels
 from napari_unet.widgets._worker import FollowUp
 
 if TYPE_CHECKING:
@@ -67,9 +66,12 @@ class Surveyor(QObject):
         self.doubt = ""  # what may not be meant
         self.later = FollowUp(self, DELAY, self._steps, self._show, self._fail)
 
-    def _steps(self) -> Generator[Progress, None, Survey]:
+    def _steps(self) -> Generator[Progress, None, Survey] | None:
         pairs, meaning = self._annotations.pairs.all(), self._meaning()
         self._seen = pairs, meaning
+        if not pairs:
+            self._show(Survey([], "", []))
+            return None
         annotations = [self._annotations.read(pair, meaning) for pair in pairs]
         return survey_steps(annotations, self._ndim())
 
@@ -103,6 +105,8 @@ def survey_steps(
         Number of axes that the network sees.
     """
     yield Progress(0, 1, "looking at the annotations")
+    from napari_unet.training.annotations import find_problems
+
     problems = find_problems(annotations)
     doubt = "" if problems else _find_doubt(annotations, ndim)
     return Survey(problems, doubt, [_count(annotation) for annotation in annotations])
@@ -129,6 +133,8 @@ def _find_doubt(annotations: Sequence[Annotation], ndim: int) -> str:
 
 
 def _count(annotation: Annotation) -> int | None:
+    from napari_unet.training.annotations import known_pixels
+
     try:
         known = known_pixels(annotation)
     except BadInput:

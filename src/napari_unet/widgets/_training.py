@@ -23,11 +23,8 @@ from napari_unet.models.library import (
     plain_name,
 )
 from napari_unet.steps import ChildSteps, Progress, in_child
-from napari_unet.training.fine_tune import fine_tune_project_steps
-from napari_unet.training.project import save_project_steps
 from napari_unet.training.project_file import BASE_FILE, SNAPSHOT_FILE, read_document
 from napari_unet.training.settings import TrainingStep, View
-from napari_unet.training.snapshot import read_snapshot
 from napari_unet.widgets._autosave import hold
 
 if TYPE_CHECKING:
@@ -159,6 +156,8 @@ class LiveTraining(Generator[LiveStep, View | None, NewModel]):
     def _train(
         self, folder: Path, name: str, resume: bool, view: View | None
     ) -> Generator[LiveStep, View | None, Path]:
+        from napari_unet.training.fine_tune import fine_tune_project_steps
+
         library = library_dir()
         library.mkdir(parents=True, exist_ok=True)
         check_writable(library)
@@ -201,6 +200,8 @@ def _save_steps(
     folder: Path, name: str, begin: Begin
 ) -> Generator[LiveStep, View | None, None]:
     """Write down all that the training needs; nothing it uses changes any more."""
+    from napari_unet.training.project import save_project_steps
+
     shutil.rmtree(folder, ignore_errors=True)  # of one that was stopped
     given = [replace(one, labels=np.array(one.labels)) for one in begin.annotations]
     for step in save_project_steps(
@@ -251,6 +252,8 @@ def find_stopped_steps() -> Generator[Progress, None, Stopped | None]:
             continue  # under way
         try:
             steps = read_document(folder).settings.steps
+            from napari_unet.training.snapshot import read_snapshot  # and torch
+
             step = read_snapshot(folder / SNAPSHOT_FILE).snapshot.step
             return Stopped(folder.name, step, steps)
         except BadInput:  # nothing to go on from

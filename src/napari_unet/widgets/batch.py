@@ -12,13 +12,12 @@ from qtpy.QtWidgets import QCheckBox, QFileDialog, QHBoxLayout, QPushButton
 
 from napari_unet.batch.job import FILE_NAME, BatchJob
 from napari_unet.batch.plan import REPORT
-from napari_unet.batch.survey import Survey, survey_steps
 from napari_unet.errors import UnetError
 from napari_unet.steps import describe_seconds
 from napari_unet.widgets import _session
 from napari_unet.widgets._batch_form import BatchForm
 from napari_unet.widgets._batch_open import ResultOpener
-from napari_unet.widgets._batch_run import run_batch_steps
+from napari_unet.widgets._batch_run import look_steps, run_batch_steps
 from napari_unet.widgets._batch_table import FileTable, Row
 from napari_unet.widgets._dock import Dock, JobRow, while_alive
 from napari_unet.widgets._worker import FollowUp, start_worker
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.plan import Item
     from napari_unet.batch.run import BatchReport
+    from napari_unet.batch.survey import Survey
     from napari_unet.steps import Progress
     from napari_unet.widgets._batch_run import BatchStep
 
@@ -130,7 +130,7 @@ class BatchWidget(Dock):
         if self._worker is not None or self._problem or model is None:
             return None
         self._looked = self._changes
-        return survey_steps(self._form.job(), model)
+        return look_steps(self._form.job(), model)
 
     def _on_survey(self, survey: Survey) -> None:
         if self._worker is not None or self._looked != self._changes:

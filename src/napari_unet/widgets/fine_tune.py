@@ -16,6 +16,7 @@ from napari_unet.widgets import _pairs, _session
 from napari_unet.widgets._annotations import AnnotationPanel
 from napari_unet.widgets._autosave import Choices, Contents
 from napari_unet.widgets._dock import Dock, text_label, while_alive
+from napari_unet.widgets._engine import load_engine
 from napari_unet.widgets._learning import Learning, Plan
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._options import TrainingOptions
@@ -156,6 +157,7 @@ class FineTuneWidget(Dock):
 
     @while_alive
     def _on_model(self, model: Model) -> None:
+        load_engine("training.project", "training.fine_tune")
         self._on_base()
 
     def _propose_name(self) -> None:

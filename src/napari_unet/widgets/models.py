@@ -26,6 +26,7 @@ from napari_unet.network.config import ProgramConfig
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
 from napari_unet.widgets._dock import Dock, while_alive
+from napari_unet.widgets._engine import load_engine
 from napari_unet.widgets._models_facts import FactsForm
 from napari_unet.widgets._models_import import (
     AddressRow,
@@ -77,6 +78,7 @@ class ModelsWidget(Dock):
         session.events.model.connect(self._on_session)
         session.library_changed.connect(self._on_session)
         self.refresh(session.source)
+        load_engine("models.safety", "inference.predict")
 
     # --- building -------------------------------------------------------------
 

@@ -12,10 +12,7 @@ from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
 
 from napari_unet.errors import UnetError
-from napari_unet.inference.instances import ObjectTable
-from napari_unet.inference.part import LabelledPart
 from napari_unet.inference.settings import DEVICES, ObjectSettings
-from napari_unet.inference.store import ProbabilityStore, segment_stored_steps
 from napari_unet.widgets import _layers, _session
 from napari_unet.widgets._dock import (
     Dock,
@@ -24,6 +21,7 @@ from napari_unet.widgets._dock import (
     text_label,
     while_alive,
 )
+from napari_unet.widgets._engine import load_engine
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
@@ -44,6 +42,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from superqt import QCollapsible
 
+    from napari_unet.inference.instances import ObjectTable
+    from napari_unet.inference.part import LabelledPart
+    from napari_unet.inference.store import ProbabilityStore
     from napari_unet.models.model import Model
     from napari_unet.steps import Progress
 
@@ -189,6 +190,7 @@ class SegmentWidget(Dock):
 
     @while_alive
     def _on_model(self, model: Model) -> None:
+        load_engine("inference.store")
         mine = _session.recall(NAME).get("objects", {}).get(self._chooser.chosen, {})
         self._objects.set_values(ObjectSettings.recommended(model.passport), mine)
         self._refresh()
@@ -294,7 +296,7 @@ class SegmentWidget(Dock):
         self._relabel_timer.stop()
         image = state.pop("image")
         settings = self._object_settings(model)
-        steps = segment_stored_steps(store, image, model, settings, **state)
+        steps = _segment_steps(store, image, model, settings, **state)
         self._start(steps, "Segmenting")
 
     def _last_labels(self, layer: Image) -> Labels | None:
@@ -357,6 +359,8 @@ class SegmentWidget(Dock):
             show_info(step.note)
         if self._worker is not None and not self._worker.abort_requested:
             self._job.show_progress(step)
+            from napari_unet.inference.part import LabelledPart  # is there by now
+
             if isinstance(step, LabelledPart):
                 self._show_part(step)
 
@@ -449,3 +453,10 @@ class SegmentWidget(Dock):
                 "objects": objects,
             },
         )
+
+
+def _segment_steps(*given: Any, **options: Any) -> Generator[Progress, None, Result]:
+    """Do what `segment_stored_steps` does; imported in the thread, it takes a while."""
+    from napari_unet.inference.store import segment_stored_steps
+
+    return (yield from segment_stored_steps(*given, **options))
