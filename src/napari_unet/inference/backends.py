@@ -296,7 +296,8 @@ class Backend:
     @property
     def _fixed_bytes(self) -> int:
         """Expected memory that does not depend on the tile: the weights, twice."""
-        weights = sum(tensor.numel() for tensor in self._network.state_dict().values())
+        tensors = self._network.state_dict().values()
+        weights: int = sum(tensor.numel() for tensor in tensors)
         return 2 * self._executor.itemsize * weights
 
     def empty_cache(self) -> None:

@@ -48,7 +48,7 @@ def quantise(probabilities: Tensor) -> Tensor:
     """
     found = foreground(probabilities)
     levels = (found * 255).round_()
-    return torch.where(found > 0, levels.clamp_(min=1), levels).to(torch.uint8)
+    return torch.where(found > 0, levels.clamp(min=1), levels).to(torch.uint8)
 
 
 def to_codes(kinds: Sequence[str], threshold: float) -> Reduction:

@@ -106,8 +106,10 @@ class CompiledLater:
 
     @torch.inference_mode()
     def _compile(self, key: Any, image: Tensor) -> None:
-        function = torch.compile(self._function, dynamic=False, backend=self._backend)
         try:
+            function = torch.compile(
+                self._function, dynamic=False, backend=self._backend
+            )
             function(image, key[1])  # the first call compiles
         except Exception as error:
             _log.info("Going on without compiling: %s", error)

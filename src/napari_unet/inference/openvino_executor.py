@@ -14,11 +14,18 @@ import torch
 from torch import nn
 
 from napari_unet.errors import Cancelled
-from napari_unet.network.folding import fold_norms, split_first, split_values
+from napari_unet.network.blocks import narrow
+from napari_unet.network.folding import (
+    fold_norms,
+    join_upsampling,
+    joining_saves,
+    split_first,
+    split_values,
+)
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -109,7 +116,8 @@ class OpenVinoExecutor:
                 with suppress(RuntimeError):  # that it was cancelled
                     request.wait()
                 raise Cancelled("The computation was stopped.")
-        return torch.from_numpy(request.get_output_tensor().data)
+        logits = torch.from_numpy(request.get_output_tensor().data)
+        return narrow(logits, cropping.kept) if cropping else logits
 
     @property
     def title(self) -> str:
@@ -160,41 +168,88 @@ class _Graph:
         self._ndim = network.config.ndim
 
     def build(self) -> Any:
-        """Return an openvino.Model from an image to the logits."""
+        """Return an openvino.Model from an image to the logits of the last map."""
         import openvino
 
         network, op = self._network, self._op
-        config, cropping = network.config, self._cropping
+        config = network.config
         image = op.parameter(list(self._shape), openvino.Type.f32)
         x, maps = image, []
         for block in network.encoder:
-            x = self._block(block, x)
+            x = self._layers(block.children(), x)
             maps.append(x)
             x = self._pool(x)
         if config.bridge:
             x = self._convolution(network.bridge, x)
-        x = self._block(network.bottleneck, x)
-        for step, (up, block) in enumerate(
-            zip(network.up, network.decoder, strict=True)
-        ):
-            skip = maps.pop()
-            x = self._narrow(x, cropping.below[step]) if cropping else x
-            x = self._up(up, x)
-            if cropping:
-                x = self._narrow(x, cropping.upsampled[step])
-                skip = self._narrow(skip, cropping.skip[step])
-            if config.skip_connections:
-                skip = self._cut_centre(skip, self._sides(x))
-                adds = config.skips == "add"
-                x = op.add(x, skip) if adds else op.concat([skip, x], 1)
-            x = self._block(block, x)
-        if cropping:
-            x = self._narrow(x, cropping.kept)
+        x = self._layers(network.bottleneck.children(), x)
+        for step in range(config.depth):
+            x = self._expand(step, x, maps.pop())
         logits = self._convolution(network.head, x)
         return openvino.Model([op.result(logits)], [image], "unet")
 
-    def _block(self, block: nn.Module, x: Any) -> Any:
-        for layer in block.children():
+    def _expand(self, step: int, x: Any, skip: Any) -> Any:
+        """One step of the expanding path."""
+        config, cropping = self._network.config, self._cropping
+        up: Any = self._network.up[step]
+        layers = list(self._network.decoder[step].children())
+        joins = self._joins(step, self._sides(skip))
+        if cropping:
+            x = self._narrow(x, cropping.below[step])
+            skip = self._narrow(skip, cropping.skip[step])
+        if joins:
+            x = self._joined(up.conv, layers.pop(0), x, skip, step)
+            return self._layers(layers, x)
+        x = self._up(up, x)
+        if cropping:
+            x = self._narrow(x, cropping.upsampled[step])
+        if config.skip_connections:
+            skip = self._cut_centre(skip, self._sides(x))
+            adds = config.skips == "add"
+            x = self._op.add(x, skip) if adds else self._op.concat([skip, x], 1)
+        return self._layers(layers, x)
+
+    def _joins(self, step: int, sides: Sequence[int]) -> bool:
+        """Tell whether an upsampling becomes one with the convolution after it."""
+        config, cropping = self._network.config, self._cropping
+        up: Any = self._network.up[step]
+        first = next(self._network.decoder[step].children(), None)
+        if not config.skip_connections or config.skips == "add":
+            return False
+        if (
+            up.kind != "transposed"
+            or up.conv is None
+            or not joining_saves(up.conv, first)
+        ):
+            return False
+        if config.padding == "valid":
+            return True
+        # The zeros around a map lack the bias of the upsampling; what lies around
+        # a part of a map is not wanted.
+        return cropping is not None and all(
+            0 < start and stop < side
+            for (start, stop), side in zip(cropping.skip[step], sides, strict=True)
+        )
+
+    def _joined(self, up: Any, conv: Any, x: Any, skip: Any, step: int) -> Any:
+        """Upsample and convolve at once, without the map that joins both."""
+        weight, of_skip, bias = join_upsampling(up, conv)
+        sides = self._sides(x)
+        spans = [(0, 2 * side) for side in sides]
+        if self._cropping:
+            spans = list(self._cropping.upsampled[step])
+        edges = zip(spans, sides, conv.padding, strict=True)
+        begins, ends = zip(
+            *[(2 - n + a, 2 - n + 2 * side - b) for (a, b), side, n in edges],
+            strict=True,
+        )
+        x = self._transposed(x, weight, up.stride, begins, ends)
+        lost = 2 * (1 - conv.padding[0])
+        skip = self._cut_centre(skip, [side + lost for side in self._sides(x)])
+        skip = self._convolved(skip, of_skip, conv.padding)
+        return self._op.add(self._op.add(skip, self._per_channel(bias)), x)
+
+    def _layers(self, layers: Iterable[nn.Module], x: Any) -> Any:
+        for layer in layers:
             if isinstance(layer, nn.ReLU):
                 x = self._op.relu(x)
             elif isinstance(layer, nn.LeakyReLU):
@@ -206,12 +261,11 @@ class _Graph:
         return x
 
     def _convolution(self, conv: Any, x: Any) -> Any:
-        ones = [1] * self._ndim
-        padding = [int(n) for n in conv.padding]
-        y = self._op.convolution(
-            x, _constant(conv.weight), ones, padding, padding, ones
-        )
-        return self._biased(conv, y)
+        return self._biased(conv, self._convolved(x, conv.weight, conv.padding))
+
+    def _convolved(self, x: Any, weight: torch.Tensor, padding: Sequence[int]) -> Any:
+        ones, pads = [1] * self._ndim, list(padding)
+        return self._op.convolution(x, _constant(weight), ones, pads, pads, ones)
 
     def _biased(self, conv: Any, y: Any) -> Any:
         if conv.bias is None:
@@ -239,7 +293,11 @@ class _Graph:
     def _up(self, up: Any, x: Any) -> Any:
         kind, conv = up.kind, up.conv
         if kind in ("transposed", "transposed_3x3") and conv is not None:
-            return self._biased(conv, self._transposed(conv, x))
+            # What torch adds at the far end is a smaller cut there.
+            pads = zip(conv.padding, conv.output_padding, strict=True)
+            ends = [n - more for n, more in pads]
+            up_map = self._transposed(x, conv.weight, conv.stride, conv.padding, ends)
+            return self._biased(conv, up_map)
         if kind == "nearest":
             x = self._resize(x, "nearest", "asymmetric")
             if conv is not None:
@@ -252,16 +310,21 @@ class _Graph:
             x = self._convolution(conv, x)
         return self._shuffle(x) if kind == "pixel_shuffle" else x
 
-    def _transposed(self, conv: Any, x: Any) -> Any:
-        ones = [1] * self._ndim
+    def _transposed(
+        self,
+        x: Any,
+        weight: torch.Tensor,
+        stride: Sequence[int],
+        begins: Sequence[int],
+        ends: Sequence[int],
+    ) -> Any:
         return self._op.convolution_backprop_data(
             x,
-            _constant(conv.weight),
-            strides=list(conv.stride),
-            pads_begin=list(conv.padding),
-            pads_end=list(conv.padding),
-            dilations=ones,
-            output_padding=list(conv.output_padding),
+            _constant(weight),
+            strides=list(stride),
+            pads_begin=list(begins),
+            pads_end=list(ends),
+            dilations=[1] * self._ndim,
         )
 
     @staticmethod

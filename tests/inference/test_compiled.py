@@ -1,0 +1,147 @@
+"""Compiling beside the computation: results never wait, and never change."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from whole_image import random_image, trained_model
+
+from napari_unet import predict
+from napari_unet.inference import executors
+from napari_unet.inference.compiled import CompiledLater, can_compile
+from napari_unet.inference.executors import TorchExecutor
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    torch.compiler.reset()
+
+
+def image_of(side: int) -> torch.Tensor:
+    return torch.linspace(0, 1, side**2).reshape(1, 1, side, side)
+
+
+def test_the_first_results_do_not_wait():
+    """A compiler that takes forever holds nobody up."""
+    go_on, compiling = threading.Event(), threading.Event()
+
+    def slow_compiler(graph, inputs):
+        compiling.set()
+        go_on.wait(30)
+        return graph.forward
+
+    compute = CompiledLater(lambda image, _: image + 1, backend=slow_compiler)
+    with torch.inference_mode():
+        compute(image_of(4), None)
+        assert not compiling.is_set()  # a single image is not worth it
+        compute(image_of(4), None)
+        assert compiling.wait(30)
+        for _ in range(3):
+            torch.testing.assert_close(compute(image_of(4), None), image_of(4) + 1)
+        assert not compute.is_ready
+        go_on.set()
+        compute.wait()
+        assert compute.is_ready
+        torch.testing.assert_close(compute(image_of(4), None), image_of(4) + 1)
+
+
+def test_every_shape_is_compiled_once():
+    compiled = []
+
+    def compiler(graph, inputs):
+        compiled.append(tuple(inputs[0].shape[2:]))
+        return graph.forward
+
+    compute = CompiledLater(lambda image, _: 3 * image, backend=compiler)
+    with torch.inference_mode():
+        for side in [4, 4, 5, 4, 5, 5, 6, 6, 7, 7, 4, 8, 8, 8, 4, 4, 4]:
+            torch.testing.assert_close(
+                compute(image_of(side), None), 3 * image_of(side)
+            )
+            compute.wait()
+    # A fifth shape takes the place of all: 4 was compiled again after it.
+    assert compiled == [(4, 4), (5, 5), (6, 6), (7, 7), (8, 8), (4, 4)]
+
+
+def test_without_a_working_compiler_everything_goes_on():
+    calls = []
+
+    def broken(graph, inputs):
+        calls.append(1)
+        raise RuntimeError("no compiler found")
+
+    compute = CompiledLater(lambda image, _: image * 2, backend=broken)
+    with torch.inference_mode():
+        for _ in range(4):
+            torch.testing.assert_close(compute(image_of(3), None), 2 * image_of(3))
+            compute.wait()
+    assert not compute.is_ready
+    assert len(calls) == 1
+
+
+def test_only_gpus_compile(monkeypatch):
+    assert not can_compile(CPU)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert can_compile(cuda)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not can_compile(cuda)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not can_compile(cuda)
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Let the CPU compile, as a GPU does, with what traces the network alone."""
+    monkeypatch.setattr(executors, "can_execute", lambda config: False)
+    monkeypatch.setattr(executors, "can_compile", lambda device: True)
+    made = []
+
+    class Traced(CompiledLater):
+        def __init__(self, function):
+            super().__init__(function, backend="eager")
+            made.append(self)
+
+    monkeypatch.setattr(executors, "CompiledLater", Traced)
+    return made
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding": "valid"}, {"upsampling": "bilinear"}]
+)
+def test_a_compiled_network_predicts_the_same(compiling, options):
+    model = trained_model(**options)
+    image = random_image((1, 200, 200))[0]
+    eager = predict(image, model, tile_shape=(64, 64))
+    (compute,) = compiling
+    compute.wait()
+    assert compute.is_ready
+    again = predict(image, model, tile_shape=(64, 64))
+    assert len(compiling) == 1  # the executor was kept
+    np.testing.assert_allclose(again, eager, atol=1e-6)
+
+
+def test_what_is_exact_is_not_compiled(compiling):
+    executor = TorchExecutor(trained_model().network, CPU, reduced=False)
+    assert not compiling
+    assert executor.title == "torch, float32"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_with_the_real_compiler(monkeypatch):
+    """Needs a C++ compiler; takes a minute."""
+    monkeypatch.setattr(executors, "can_compile", lambda device: True)
+    executor = TorchExecutor(trained_model().network, CPU, reduced=True)
+    image = torch.from_numpy(random_image((1, 64, 64)).astype("f4"))[None] / 1e4
+    stop = threading.Event()
+    first, _ = executor.run(image, None, stop), executor.run(image, None, stop)
+    executor._compute.wait()
+    assert executor.title.endswith("compiled")
+    again = executor.run(image, None, stop)
+    torch.testing.assert_close(again, first, atol=0.05, rtol=0.05)
