@@ -1,10 +1,11 @@
 """Random variation of training patches, on the device that trains.
 
-Geometry moves image, target and weights together. First come exact mirrorings; then
-one grid of positions, composed of rotation, scale, shift and elastic deformation, at
-which the patch is sampled once: the image linearly, target and weights at the
-nearest pixel, the same for both. So every pixel of the result has the target and the
-weight of one pixel of the patch, no label is made up, and unknown stays unknown.
+Geometry moves image, target and weights together. First comes one grid of positions,
+composed of rotation, scale, shift and elastic deformation, at which the patch is
+sampled once: the image linearly, target and weights at the nearest pixel, the same for
+both; then exact mirrorings of what is left of it. So every pixel of the result has the
+target and the weight of one pixel of the patch, no label is made up, and unknown stays
+unknown.
 
 Beyond the edge the patch is continued by mirroring, image, target and weights alike,
 as the U-Net paper continues images: what is known there is as true as inside. To see
@@ -71,13 +72,13 @@ def augment(
     """
     shape = _check(image, target, weights, generator, shape)
     labels = [target, weights]
-    if settings.flips:
-        image, *labels = _flip([image, *labels], shape, generator)
     if settings.warps:
         positions = _positions(image, shape, settings, generator)
         image, labels = _sample(image, labels, positions)
     elif shape != image.shape[2:]:
         image, *labels = (_crop(t, shape) for t in (image, *labels))
+    if settings.flips:
+        image, *labels = _flip([image, *labels], generator)
     return _vary_grey(image, settings, generator), labels[0], labels[1]
 
 
@@ -117,12 +118,9 @@ def source_shape(
     )
 
 
-def _flip(
-    tensors: list[Tensor], shape: tuple[int, ...], generator: torch.Generator
-) -> list[Tensor]:
-    ndim, batch = len(shape), len(tensors[0])
-    sides = tensors[0].shape[-2:]
-    square = sides[0] == sides[1] and shape[-2] == shape[-1]
+def _flip(tensors: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    batch, ndim = len(tensors[0]), tensors[0].ndim - 2
+    square = tensors[0].shape[-2] == tensors[0].shape[-1]
     chosen = (torch.rand(batch, ndim + 1, generator=generator) < 0.5).tolist()
     flipped = []
     for tensor in tensors:

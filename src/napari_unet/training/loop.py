@@ -15,6 +15,7 @@ from napari_unet.errors import OutOfMemory, UnetError
 from napari_unet.inference.backends import is_out_of_memory
 from napari_unet.inference.executors import computes_bfloat16
 from napari_unet.inference.segment import segment_steps
+from napari_unet.training.feed import Feed
 from napari_unet.training.losses import (
     binary_cross_entropy,
     combined,
@@ -94,7 +95,7 @@ class Training:
         self._path: Path | None = None
         self._saved_at = time.monotonic()
         self._identity: dict[str, Any] = {}
-        self._patches = Patches(data.images, data.plan, settings.seed)
+        self._feed = Feed(Patches(data.images, settings.seed), data.plan, device)
         self.network = data.model.unet.to(device)
         if data.model.ndim == 2:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -113,7 +114,7 @@ class Training:
     @property
     def plan(self) -> PatchPlan:
         """The shape of a batch, which may become smaller on the way."""
-        return self._patches.plan
+        return self._feed.plan
 
     def learn_steps(self, step: int, rate: float) -> Beats[float]:
         """Do one step of the optimiser, with less at once where memory runs out.
@@ -167,7 +168,7 @@ class Training:
         loss = math.nan
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            image, target, weights = self._patches.batch(step, self._device)
+            image, target, weights = self._feed.batch(step)
             if image.ndim == 4:
                 image = image.contiguous(memory_format=torch.channels_last)
             with self._randomness(step), self._precision():
@@ -201,7 +202,7 @@ class Training:
 
     def _use(self, plan: PatchPlan) -> None:
         """Go on with other patches than planned."""
-        self._patches.use(plan)
+        self._feed.use(plan)
         self.state.reduced = {"batch_size": plan.batch_size, "shape": plan.shape}
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -279,13 +280,13 @@ class Training:
 
     def close(self) -> None:
         """End what runs in the background."""
-        self._patches.close()
+        self._feed.close()
 
     def restore(self, saved: Saved) -> None:
         """Go on from there."""
         self.state = saved.snapshot
         if self.state.reduced:
-            self._patches.use(replace(self.data.plan, **self.state.reduced))
+            self._feed.use(replace(self.data.plan, **self.state.reduced))
         self.network.load_state_dict(saved.network)
         self.optimizer.load_state_dict(saved.optimizer)
 
@@ -386,8 +387,8 @@ def _optimizer(
     weights: list[torch.nn.Parameter], settings: TrainingSettings
 ) -> torch.optim.Optimizer:
     if settings.preset == "paper":
-        return torch.optim.SGD(weights, momentum=0.99)
-    return torch.optim.AdamW(weights, weight_decay=1e-2)
+        return torch.optim.SGD(weights, momentum=0.99, fused=True)
+    return torch.optim.AdamW(weights, weight_decay=1e-2, fused=True)
 
 
 def _loss(settings: TrainingSettings, outputs: int) -> Loss:

@@ -9,7 +9,6 @@ of the step and the patch.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from napari_unet.training.annotations import Truth
     from napari_unet.training.plan import PatchPlan
 
-__all__ = ["Patches", "TrainingImage", "training_image"]
+__all__ = ["Batch", "Patches", "TrainingImage", "training_image"]
 
 _KEPT_CENTRES = 1 << 18  # of a group in an image; more would only take memory
 
@@ -146,20 +145,18 @@ def _weights(
     )
 
 
-_Arrays: TypeAlias = (
-    "tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]"
-)
+Batch: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 
 class Patches:
     """Batches of patches; each depends only on the seed and its number.
 
+    Several threads may make batches at once.
+
     Parameters
     ----------
     images : sequence of TrainingImage
         All that is learnt from.
-    plan : PatchPlan
-        Shape of a batch.
     seed : int
         Of all draws.
 
@@ -169,8 +166,7 @@ class Patches:
         If nothing is known of any image.
     """
 
-    def __init__(self, images: Sequence[TrainingImage], plan: PatchPlan, seed: int):
-        self.plan = plan
+    def __init__(self, images: Sequence[TrainingImage], seed: int):
         self._images = images
         self._seed = seed
         groups: dict[Any, dict[int, NDArray[np.int64]]] = {}
@@ -189,22 +185,16 @@ class Patches:
             )
         self._known = _Group(groups.pop(_KNOWN))
         self._favoured = [_Group(groups[name]) for name in sorted(groups)]
-        self._pool = ThreadPoolExecutor(1, "napari-unet")
-        self._next: tuple[int, Future[_Arrays]] | None = None
 
-    def use(self, plan: PatchPlan) -> None:
-        """Go on with batches of another shape."""
-        if self._next:  # it may be cut right now
-            wait([self._next[1]])
-        self.plan, self._next = plan, None
-
-    def batch(self, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, step: int, plan: PatchPlan, device: torch.device) -> Batch:
         """Draw, cut and augment the patches of a step.
 
         Parameters
         ----------
         step : int
             From 1.
+        plan : PatchPlan
+            Shape of the batch.
         device : torch.device
             Where they are augmented.
 
@@ -214,41 +204,42 @@ class Patches:
         target, weights : Tensor of shape (batch, *spatial)
             Of the shape of the network's output.
         """
-        if self._next and self._next[0] == step:
-            arrays = self._next[1].result()
-        else:
-            arrays = self._cut(step)
-        self._next = step + 1, self._pool.submit(self._cut, step + 1)
-        pixels, classes, known = (torch.from_numpy(a).to(device) for a in arrays)
-        random = np.random.default_rng((self._seed, step, self.plan.batch_size))
+        cut = self._cut(step, plan, pinned=device.type == "cuda")
+        image, target, weights = (
+            tensor.to(device, non_blocking=True) for tensor in cut
+        )
+        random = np.random.default_rng((self._seed, step, plan.batch_size))
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
         image, target, weights = augment(
-            pixels,
-            classes,
-            known,
-            self.plan.augmentation,
-            generator,
-            self.plan.shape,
+            image, target, weights, plan.augmentation, generator, plan.shape
         )
-        for axis, side in enumerate(self.plan.output_shape, start=1):
-            target = target.narrow(axis, self.plan.shrink, side)
-            weights = weights.narrow(axis, self.plan.shrink, side)
+        for axis, side in enumerate(plan.output_shape, start=1):
+            target = target.narrow(axis, plan.shrink, side)
+            weights = weights.narrow(axis, plan.shrink, side)
         return image, target, weights
 
-    def close(self) -> None:
-        """End what prepares the next batch."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def _cut(self, step: int, plan: PatchPlan, *, pinned: bool) -> Batch:
+        """Cut out the patches of a step; a GPU copies from pinned memory itself."""
+        batch, source = (plan.batch_size,), plan.source_shape
+        channels = self._images[0].pixels.shape[:1]
+        pixels = torch.empty(batch + channels + source, pin_memory=pinned)
+        target = torch.empty(batch + source, dtype=torch.uint8, pin_memory=pinned)
+        weights = torch.empty(batch + source, pin_memory=pinned)
+        for number in range(plan.batch_size):
+            random = np.random.default_rng((self._seed, step, number))
+            image, start = self._draw(random, plan)
+            for tensor, array in (
+                (pixels, image.pixels),
+                (target, image.target),
+                (weights, image.weights),
+            ):
+                tensor.numpy()[number] = _cut_out(array, start, source)
+        return pixels, target, weights
 
-    def _cut(self, step: int) -> _Arrays:
-        """Draw and cut; while a network learns, this is done for the next step."""
-        patches = [
-            self._draw(np.random.default_rng((self._seed, step, number)))
-            for number in range(self.plan.batch_size)
-        ]
-        pixels, target, weights = zip(*patches, strict=True)
-        return np.stack(pixels), np.stack(target), np.stack(weights)
-
-    def _draw(self, random: np.random.Generator) -> _Arrays:
+    def _draw(
+        self, random: np.random.Generator, plan: PatchPlan
+    ) -> tuple[TrainingImage, list[int]]:
+        """Choose an image, and where in it or before its edge a patch begins."""
         group = self._known
         if self._favoured and random.random() < 0.5:
             group = self._favoured[random.integers(len(self._favoured))]
@@ -259,8 +250,8 @@ class Patches:
         for at, side, inner, outer in zip(
             centre,
             image.target.shape,
-            self.plan.output_shape,
-            self.plan.source_shape,
+            plan.output_shape,
+            plan.source_shape,
             strict=True,
         ):
             # No more is mirrored than must be.
@@ -268,15 +259,19 @@ class Patches:
             if side < inner:
                 first = (side - inner) // 2
             start.append(first - (outer - inner) // 2)
-        cut = [
-            mirror_indices(a, a + outer, side)
-            for a, outer, side in zip(
-                start, self.plan.source_shape, image.target.shape, strict=True
-            )
-        ]
-        box = np.ix_(*cut)
-        pixels = np.stack([channel[box] for channel in image.pixels])
-        return pixels, image.target[box], image.weights[box]
+        return image, start
+
+
+def _cut_out(array: NDArray, start: Sequence[int], shape: Sequence[int]) -> NDArray:
+    """Cut a box out of the last axes, mirrored beyond the edge and only there."""
+    first_axis = array.ndim - len(shape)
+    for axis, (first, side) in enumerate(zip(start, shape, strict=True), first_axis):
+        stop, size = first + side, array.shape[axis]
+        if 0 <= first and stop <= size:
+            array = array[(slice(None),) * axis + (slice(first, stop),)]
+        else:
+            array = array.take(mirror_indices(first, stop, size), axis)
+    return array
 
 
 _KNOWN = -1
