@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 HERE = Path(__file__)
@@ -17,8 +18,12 @@ def main(count):
     import dask
     from distributed import LocalCluster
 
+    # Each worker is a copy of a process that has imported all before.
+    forkserver.set_forkserver_preload(["distributed", "napari_unet.batch.worker"])
+    forkserver.ensure_running()
     dask.config.set(
         {
+            "distributed.worker.multiprocessing-method": "forkserver",
             "distributed.scheduler.allowed-failures": 0,
             # A busy computer may take long to start a killed worker again.
             "distributed.deploy.lost-worker-timeout": 600,
