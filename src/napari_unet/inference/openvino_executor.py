@@ -213,13 +213,10 @@ class _Graph:
         config, cropping = self._network.config, self._cropping
         up: Any = self._network.up[step]
         first = next(self._network.decoder[step].children(), None)
-        if not config.skip_connections or config.skips == "add":
+        concatenates = config.skip_connections and config.skips == "concat"
+        if not (concatenates and up.kind == "transposed" and up.conv is not None):
             return False
-        if (
-            up.kind != "transposed"
-            or up.conv is None
-            or not joining_saves(up.conv, first)
-        ):
+        if not joining_saves(up.conv, first):
             return False
         if config.padding == "valid":
             return True
@@ -304,10 +301,12 @@ class _Graph:
                 zeros, ahead = [0] * (2 + self._ndim), [0, 0] + [1] * self._ndim
                 zero = _constant(torch.zeros(()))
                 x = self._op.pad(x, zeros, ahead, "constant", zero)
-        elif kind == "bilinear":
-            x = self._resize(x, "linear_onnx", self._corners(up.align_corners))
         if conv is not None:
             x = self._convolution(conv, x)
+        if kind == "bilinear":
+            # After the convolution of single pixels, of which there are fewer then:
+            # what is linear between them stays so.
+            return self._resize(x, "linear_onnx", self._corners(up.align_corners))
         return self._shuffle(x) if kind == "pixel_shuffle" else x
 
     def _transposed(

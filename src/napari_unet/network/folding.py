@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 if TYPE_CHECKING:
     from napari_unet.network.unet import UNet
 
-__all__ = ["fold_norms", "split_first", "split_values"]
+__all__ = [
+    "fold_norms",
+    "join_upsampling",
+    "joining_saves",
+    "split_first",
+    "split_values",
+]
+
+Convolution = nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose2d | nn.ConvTranspose3d
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
@@ -44,6 +54,57 @@ def fold_norms(network: UNet) -> UNet:
         del block[:]
         block.extend(layers)
     return folded
+
+
+def joining_saves(up: Transposed, layer: nn.Module | None) -> bool:
+    """Tell whether `join_upsampling` saves multiplications.
+
+    Parameters
+    ----------
+    up : ConvTranspose2d or ConvTranspose3d
+        Of kernel and stride 2.
+    layer : Module or None
+        What follows, after the map was joined to the skip connection.
+    """
+    if not isinstance(layer, _CONVOLUTIONS):
+        return False
+    (before, between), after = up.weight.shape[:2], layer.out_channels
+    corners, taps = up.weight[0, 0].numel(), layer.weight[0, 0].numel()
+    return corners * before * after < before * between + taps * between * after
+
+
+def join_upsampling(up: Transposed, conv: Convolution) -> tuple[Tensor, Tensor, Tensor]:
+    """Make one transposed convolution of an upsampling and the layer after it.
+
+    Nothing lies between the two but that the upsampled map is joined to a skip
+    connection: ``conv(cat([skip, up(x)]))`` is the sum of a convolution of the skip
+    and a transposed convolution of x, which needs fewer multiplications.
+
+    Parameters
+    ----------
+    up : ConvTranspose2d or ConvTranspose3d
+        Of kernel and stride 2.
+    conv : Conv2d or Conv3d
+        Of kernel 3; its last input channels are those of the upsampled map.
+
+    Returns
+    -------
+    transposed : float32 Tensor of shape (before, after, 4, 4) or (..., 4, 4, 4)
+        Kernel of stride 2. Cut ``2 - conv.padding`` from every side of what it gives.
+    of_skip : float32 Tensor of shape (after, skip, 3, 3) or (..., 3, 3, 3)
+        Kernel of the convolution of the skip.
+    bias : float32 Tensor of shape (after,)
+        Of the sum. In the row of pixels at the edge of a map it is right only
+        if ``conv`` does not pad, or ``up`` has no bias.
+    """
+    kernel, weight = up.weight.double(), conv.weight.double()
+    of_skip, of_up = weight.tensor_split([weight.shape[1] - kernel.shape[1]], dim=1)
+    convolve = functional.conv2d if kernel.ndim == 4 else functional.conv3d
+    transposed = convolve(kernel, of_up, padding=2)
+    bias = torch.zeros(len(weight)).double() if conv.bias is None else conv.bias
+    if up.bias is not None:
+        bias = bias + of_up.flatten(2).sum(2) @ up.bias.double()
+    return transposed.float(), of_skip.float(), bias.float()
 
 
 def split_first(network: UNet, dtype: torch.dtype) -> bool:
