@@ -1,8 +1,11 @@
 """Print the peak memory of one tile, and what is expected (bytes for a pixel).
 
-python child_memory.py openvino|torch auto|float32 side base_channels
+python child_memory.py openvino|torch auto|float32 side base_channels [limit]
+
+With a limit in GB, the tile is as large as that allows, and the limit is expected.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -23,18 +26,26 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def main(through: str, precision: str, side: str, base_channels: str) -> None:
+def main(
+    through: str, precision: str, side: str, base_channels: str, limit: str = ""
+) -> None:
     if through == "torch":
         executors.can_execute = lambda config: False
     network = UNet(1, 2, base_channels=int(base_channels))
-    backend = Backend(network, "cpu", precision)
+    options = {"memory_limit": float(limit)} if limit else {}
+    backend = Backend(network, "cpu", precision, **options)
     assert through in backend.title.lower()
-    backend.run(torch.zeros(1, 1, 64, 64))
+    sides, expected = [int(side)] * 2, backend.bytes_per_pixel
+    if limit:
+        sides[1] = backend.max_input_pixels // int(side) // 16 * 16
+        expected = float(limit) * 1e9 / math.prod(sides)
+    else:
+        backend.run(torch.zeros(1, 1, 64, 64))
     forget_peak()
     before = peak()
-    backend.run(torch.ones(1, 1, int(side), int(side)))
-    measured = (peak() - before) / int(side) ** 2
-    sys.stdout.write(f"{measured} {backend.bytes_per_pixel}\n")
+    backend.run(torch.ones(1, 1, *sides))
+    measured = (peak() - before) / math.prod(sides)
+    sys.stdout.write(f"{measured} {expected}\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ def by_torch(monkeypatch):
     monkeypatch.setattr(executors, "can_execute", lambda config: False)
 
 
+@pytest.fixture(params=[1, 3])
+def in_flight(request, monkeypatch):
+    """How many tiles are computed at a time: several on a GPU."""
+    monkeypatch.setattr(Transfers, "in_flight", request.param)
+    return request.param
+
+
 def collect(steps):
     ticks = []
     while True:
@@ -123,7 +130,7 @@ def engine_threads() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("steps", [predict_steps, segment_steps])
 @pytest.mark.parametrize("augment", [False, True])
-def test_closing_ends_the_computation_within_a_second(steps, augment, image):
+def test_closing_ends_the_computation_within_a_second(steps, augment, image, in_flight):
     running = steps(image, slow_model(0.2), test_time_augmentation=augment)
     for _ in range(3):
         assert next(running).done == 0
@@ -137,7 +144,20 @@ def test_closing_ends_the_computation_within_a_second(steps, augment, image):
     assert time.monotonic() - start < 1
 
 
-def test_closing_at_every_tick(model):
+@pytest.mark.parametrize("axes", ["YX", "ZYX", "YZX"])
+def test_several_tiles_at_a_time_change_nothing(monkeypatch, model, axes):
+    image = random_image((1, 3, 90, 70))[0]
+    image = image[0] if axes == "YX" else np.moveaxis(image, 0, axes.index("Z"))
+    options = {"axes": axes, "tile_shape": (16, 32)}
+    one, objects = predict(image, model, **options), segment(image, model, **options)
+    monkeypatch.setattr(Transfers, "in_flight", 3)
+    ticks, several = collect(predict_steps(image, model, **options))
+    np.testing.assert_array_equal(several, one)
+    np.testing.assert_array_equal(segment(image, model, **options), objects)
+    check_ticks(ticks)
+
+
+def test_closing_at_every_tick(model, in_flight):
     image = random_image((1, 2, 40, 33))[0]
     for count in range(9):
         steps = predict_steps(image, model, axes="ZYX", tile_shape=(32, 32))
@@ -245,7 +265,7 @@ def limited(monkeypatch):
 
 
 @pytest.mark.parametrize("error", SIGNS, ids=str)
-def test_tiles_are_halved_until_they_fit(error, limited, model):
+def test_tiles_are_halved_until_they_fit(error, limited, model, in_flight):
     image = random_image((1, 300, 260))[0]
     wanted = reference(model, image[None])
     computed = limited(150**2, error)
@@ -359,7 +379,6 @@ class FullGpu:
     device = torch.device("cuda")
     max_input_pixels = 10**6
     transfers = Transfers(torch.device("cpu"))
-    transfers.in_flight = 3
 
     def run(self, image, keep, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -370,7 +389,7 @@ class FullGpu:
     close = empty_cache
 
 
-def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model):
+def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model, in_flight):
     image = random_image((1, 200, 180))[0]
     monkeypatch.setattr(engine, "choose_device", lambda wanted: Device("cuda"))
     monkeypatch.setattr(

@@ -1,5 +1,6 @@
 """What runs the networks: the same answers, by torch and by OpenVINO."""
 
+import copy
 import threading
 from pathlib import Path
 
@@ -123,6 +124,41 @@ def test_an_executor_is_kept_for_the_next_image(model, image):
     assert third._executor is not executor
     for backend in (second, third):
         backend.close()
+
+
+def test_memory_is_given_back_when_no_image_comes(model, image, monkeypatch):
+    monkeypatch.setattr(executors, "KEPT_SECONDS", 0.1)
+    released = threading.Event()
+    monkeypatch.setattr(OpenVinoExecutor, "release", lambda self: released.set())
+    predict(image, model)
+    assert released.wait(5)
+
+
+def test_numbers_too_large_for_half_floats_are_computed_with_more(
+    model, monkeypatch, by_torch
+):
+    """GPUs without bfloat16 have float16, which ends at 65504."""
+    monkeypatch.setattr(executors, "_reduced_type", lambda *_: torch.float16)
+    monkeypatch.setattr(backends, "_idle", executors.Idle())
+    image = random_image((1, 90, 80))
+    wanted = reference(model, image)
+    backend = Backend(model.network, "cpu")
+    assert backend.title == "torch, float16"
+    backend.close()
+    quick = predict(image[0], model)
+    np.testing.assert_allclose(quick, wanted, atol=0.05)
+    assert np.abs(quick - wanted).max() > 1e-5
+    steep = copy.deepcopy(model.network)
+    with torch.no_grad():
+        for scaled, factor in [(steep.encoder[0][0], 1e7), (steep.head, 1e-7)]:
+            scaled.weight *= factor
+        for norm in steep.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.running_var.fill_(1)
+    large = Model(steep)
+    np.testing.assert_allclose(
+        predict(image[0], large), reference(large, image), atol=1e-4
+    )
 
 
 def test_changed_weights_need_another_executor(image):

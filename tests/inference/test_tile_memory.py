@@ -9,16 +9,32 @@ import pytest
 CHILD = Path(__file__).with_name("child_memory.py")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak alone")
-@pytest.mark.parametrize("precision", ["auto", "float32"])
-@pytest.mark.parametrize("through", ["openvino", "torch"])
-def test_a_tile_takes_what_is_expected(through, precision):
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="Linux tells the peak alone"
+)
+
+
+def measured_and_expected(*arguments: object) -> tuple[float, ...]:
     told = subprocess.run(
-        [sys.executable, CHILD, through, precision, "768", "32"],
+        [sys.executable, CHILD, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,
     )
-    measured, expected = map(float, told.stdout.split())
+    return tuple(map(float, told.stdout.split()))
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+@pytest.mark.parametrize("through", ["openvino", "torch"])
+def test_a_tile_takes_what_is_expected(through, precision):
+    measured, expected = measured_and_expected(through, precision, 768, 32)
     # Tiles may take a third of the free memory, so that a little more does no harm.
     assert 0.5 * expected < measured < 1.25 * expected
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.6])
+@pytest.mark.parametrize("through", ["openvino", "torch"])
+def test_a_limit_is_kept_and_used(through, limit):
+    """From nothing: also what compiling takes, and the weights."""
+    measured, expected = measured_and_expected(through, "auto", 768, 32, limit)
+    assert 0.4 * expected < measured <= expected

@@ -66,6 +66,8 @@ class SegmentSettings(_Told):
     tile : int or None
         Side of the tiles in pixels; None chooses by memory, or for models whose
         result depends on it `TILES_IF_INEXACT`.
+    memory_limit : float or None
+        GB of the device's memory that the network may take.
     """
 
     threshold: float | None = Field(None, ge=0, le=1)
@@ -76,6 +78,7 @@ class SegmentSettings(_Told):
     test_time_augmentation: bool = False
     device: str = "auto"
     tile: int | None = Field(None, ge=1)
+    memory_limit: float | None = Field(None, gt=0)
 
     def options(self, ndim: int) -> SegmentOptions:
         """Return them as the arguments of `segment`, for a model of some dimensions."""
@@ -147,7 +150,8 @@ class BatchJob(_Told):
         """
         where = {"input", "output", "pattern", "recursive", "model"}
         told = self.model_dump(mode="json", exclude=where)
-        del told["settings"]["device"]
+        for name in ("device", "memory_limit"):
+            del told["settings"][name]
         if is_exact:
             del told["settings"]["tile"]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

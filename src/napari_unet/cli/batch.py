@@ -15,6 +15,7 @@ from napari_unet.cli.options import (
     Channels,
     Device,
     KeepProbabilities,
+    MemoryLimit,
     MinimalSize,
     Overwrite,
     PixelSize,
@@ -147,6 +148,7 @@ def batch(
     minimal_size: MinimalSize = None,
     split_touching: Split = None,
     tile: TileSide = None,
+    memory_limit: MemoryLimit = None,
     test_time_augmentation: Augment = None,
     precision: PrecisionOption = None,
     quiet: Quiet = False,
@@ -167,6 +169,7 @@ def batch(
         minimal_size=minimal_size,
         split_touching=split_touching,
         tile=tile,
+        memory_limit=memory_limit,
         test_time_augmentation=test_time_augmentation,
         precision=precision,
     )

@@ -118,6 +118,15 @@ TileSide = Annotated[
         "less memory. Chosen by default.",
     ),
 ]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB",
+        min=0.1,
+        help="What the network may take of the memory, of the graphics card if it "
+        "computes there. The result is the same. By default a part of what is free.",
+    ),
+]
 Augment = Annotated[
     bool | None,
     typer.Option(
@@ -145,6 +154,7 @@ def settings_of(
     minimal_size: int | None,
     split_touching: bool | None,
     tile: int | None,
+    memory_limit: float | None,
     test_time_augmentation: bool | None,
     precision: Precision | None,
 ) -> dict[str, Any]:
@@ -156,6 +166,7 @@ def settings_of(
         "minimal_size": minimal_size,
         "split_touching": split_touching,
         "tile": tile,
+        "memory_limit": memory_limit,
         "test_time_augmentation": test_time_augmentation,
         "precision": precision.value if precision else None,
     }

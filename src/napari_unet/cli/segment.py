@@ -15,6 +15,7 @@ from napari_unet.cli.options import (
     Channels,
     Device,
     KeepProbabilities,
+    MemoryLimit,
     MinimalSize,
     ModelName,
     Overwrite,
@@ -72,6 +73,7 @@ def segment(
     minimal_size: MinimalSize = None,
     split_touching: Split = None,
     tile: TileSide = None,
+    memory_limit: MemoryLimit = None,
     test_time_augmentation: Augment = None,
     precision: PrecisionOption = None,
     overwrite: Overwrite = False,
@@ -106,6 +108,7 @@ def segment(
             minimal_size=minimal_size,
             split_touching=split_touching,
             tile=tile,
+            memory_limit=memory_limit,
             test_time_augmentation=test_time_augmentation,
             precision=precision,
         )
