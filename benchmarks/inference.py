@@ -6,7 +6,7 @@ All run the same network on the same image, one after the other in this process:
 
 - MONAI's `sliding_window_inference` with windows of 1024² (512² on a GPU) and its
   default overlap of 0.25, in float32 and with 16-bit autocast;
-- `napari_unet.predict`, whose tiles have the whole halo and are exact, in float32
+- napari-unet's engine, whose tiles have the whole halo and are exact, in float32
   and with its default precision;
 - the raw forward: what runs the network here, on windows as large as a tile, without
   halo, normalisation or anything else: the most that any tiling could reach.
@@ -21,6 +21,7 @@ import argparse
 import platform
 import threading
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,12 +35,13 @@ from napari_unet import (
     UNet,
     fine_tune,
     load_model,
-    predict,
 )
 from napari_unet.files.images import read_image
 from napari_unet.inference.backends import choose_device
+from napari_unet.inference.engine import Predictor
 from napari_unet.inference.executors import Executor, make_executor
 from napari_unet.sample import sample_dir
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,25 +91,47 @@ def monai_classes(
     return classes
 
 
+def likeliest(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities.argmax(0, keepdim=True).to(torch.uint8)
+
+
 def our_classes(
     image: np.ndarray, model: Model, device: str, *, reduced: bool
 ) -> np.ndarray:
-    precision = "auto" if reduced else "float32"
-    probabilities = predict(image, model, device=device, precision=precision)
-    return torch.from_numpy(probabilities).argmax(0).to(torch.uint8).numpy()
+    predictor = Predictor(
+        image, model, device=device, precision="auto" if reduced else "float32"
+    )
+    with closing(predictor):
+        classes: np.ndarray = run_to_end(predictor.unit_steps(0, likeliest))
+    return classes[0]
 
 
-def raw_seconds(image: np.ndarray, executor: Executor) -> float:
+def finish_compiling(device: str) -> None:
+    """Wait until nothing is compiled beside the computation any more."""
+    while device == "cuda" and any(t.name == "compile" for t in threading.enumerate()):
+        time.sleep(0.1)
+
+
+def raw_seconds(image: np.ndarray, executor: Executor, device: str) -> float:
     """Seconds of the bare network for as many pixels, on windows of a tile's size."""
-    side = min(1376, image.shape[0] // 16 * 16)
-    window = torch.zeros(1, 1, side, side)
+    side = min(1376 if device == "cpu" else 2048, image.shape[0] // 16 * 16)
+    window = torch.zeros(1, 1, side, side, device=device)
     stop = threading.Event()
-    executor.run(window, None, stop)  # compiled before the clock starts
+    for _ in range(3):  # compiled before the clock starts
+        executor.run(window, None, stop)
+        finish_compiling(device)
     times = max(1, round(image.size / side**2))
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(times):
-        executor.run(window, None, stop).cpu()
+        executor.run(window, None, stop)
+    synchronize(device)
     return (time.perf_counter() - started) / times / side**2 * image.size
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(image: np.ndarray, model: Model, device: str) -> list[Row]:
@@ -121,14 +145,17 @@ def measure(image: np.ndarray, model: Model, device: str) -> list[Row]:
     ]
     rows = []
     for name, run, reduced in ways:
-        run(small, model, device, reduced=reduced)  # what is slow the first time
+        warm_up = image if device == "cuda" else small
+        for _ in range(2):  # what is slow the first time, and compiles
+            run(warm_up, model, device, reduced=reduced)
+            finish_compiling(device)
         started = time.perf_counter()
         classes = run(image, model, device, reduced=reduced)
         rows.append(Row(name, time.perf_counter() - started, classes))
     for reduced in (False, True):
         executor = make_executor(model.network, torch.device(device), reduced)
-        name = f"raw forward ({executor.title})"
-        rows.append(Row(name, raw_seconds(image, executor)))
+        seconds = raw_seconds(image, executor, device)
+        rows.append(Row(f"raw forward ({executor.title})", seconds))
     return rows
 
 
