@@ -27,10 +27,13 @@ def test_its_objects_touch_but_for_the_gap(benchmark, shape):
     assert gap.sum() > np.mean(labels == 0) * labels.size / 10
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(
+    ("full", "device"), [(False, None), (True, None), (True, "cpu")]
+)
 @pytest.mark.parametrize("shape", [(300, 280), (20, 40, 40)])
-def test_both_give_the_same_weights(benchmark, shape, full):
-    rows = benchmark.compare(shape, 50 if shape[0] > 100 else 12, full=full)
+def test_both_give_the_same_weights(benchmark, shape, full, device):
+    count = 50 if shape[0] > 100 else 12
+    rows = benchmark.compare(shape, count, full=full, device=device)
     assert [row[0] for row in rows] == ["paper", "falk"]
     for _, ours, peer, difference in rows:
         assert min(ours, peer) > 0

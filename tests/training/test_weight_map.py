@@ -2,15 +2,21 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import distance_transform_edt
 
 from napari_unet.errors import BadInput
+from napari_unet.training import two_nearest as module
+from napari_unet.training.two_nearest import two_nearest
 from napari_unet.training.weight_map import border_weight_map, cut_gaps
 
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU"
+)
 # Beyond this distance no object matters with the default w0 and sigma.
 REACH = 27
 
@@ -65,10 +71,47 @@ def test_equals_brute_force(shape, count, preset):
     assert_allclose(weights, brute_force(labels, w0, sigma, preset), atol=1e-4, rtol=0)
 
 
-@given(small_labels, st.sampled_from([0, 1e-6, 3, 200]), st.sampled_from([0.2, 5, 40]))
-def test_equals_brute_force_whatever_the_labels(labels, w0, sigma):
-    expected = brute_force(labels, w0, sigma)
-    assert_allclose(border_weight_map(labels, w0, sigma), expected, atol=1e-4, rtol=0)
+@given(
+    small_labels,
+    st.sampled_from([0, 1e-6, 3, 200]),
+    st.sampled_from([0.2, 5, 40]),
+    st.sampled_from([None, "cpu"]),
+)
+def test_equals_brute_force_whatever_the_labels(labels, w0, sigma, device):
+    weights = border_weight_map(labels, w0, sigma, device=device)
+    assert_allclose(weights, brute_force(labels, w0, sigma), atol=1e-4, rtol=0)
+
+
+@given(
+    objects=arrays(
+        np.int32,
+        array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=12),
+        elements=st.sampled_from([0, 0, 0, 1, 2, 3, 70_000, 2**31 - 1]),
+    ),
+    reach=st.integers(1, 14),
+    slab=st.sampled_from([1, 30, 10**6]),
+)
+@settings(deadline=None)
+def test_by_torch_distances_are_exact_as_far_as_is_looked(objects, reach, slab):
+    """Also where a slab ends, and for numbers that need 64 bits."""
+    exact = [np.full(objects.shape, np.inf)] * 2
+    exact += [distance_transform_edt(objects != v) for v in np.unique(objects) if v]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SLAB", slab)
+        found = two_nearest(objects, reach, "cpu")
+    for distance, expected in zip(found, np.sort(exact, axis=0), strict=False):
+        near = expected <= reach
+        assert_array_equal(distance[near], expected[near].astype(np.float32))
+        assert (distance[~near] >= expected[~near].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("shape", [(150, 130), (20, 60, 50)])
+@pytest.mark.parametrize("preset", ["paper", "falk"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_by_torch_the_weights_are_the_same(shape, preset, device):
+    labels = cut_gaps(discs(shape, 40, seed=0))
+    weights = border_weight_map(labels, preset=preset, device=device)
+    assert_allclose(weights, border_weight_map(labels, preset=preset), atol=2e-5)
 
 
 def test_unknown_pixels_weigh_nothing_and_do_not_count():

@@ -140,6 +140,7 @@ def prepare_steps(
             one.grid,
             settings.border_weights,
             margin,
+            device,
         )
         if image is not None:
             data.images.append(image)

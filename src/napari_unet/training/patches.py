@@ -65,6 +65,7 @@ def training_image(
     grid: Sequence[Resampling],
     border_weights: BorderWeights | None,
     margin: Sequence[int],
+    device: torch.device,
 ) -> TrainingImage | None:
     """Cut out what can be learnt from, with context.
 
@@ -84,6 +85,8 @@ def training_image(
         None weights known pixels alike.
     margin : sequence of int
         Pixels of context.
+    device : torch.device
+        A GPU may compute the border weights.
 
     Returns
     -------
@@ -108,7 +111,7 @@ def training_image(
     rescaled = any(along.source != along.target for along in grid)
     if rescaled:
         target, objects = _cut_again(target, objects)
-    weights = _weights(objects, known, border_weights)
+    weights = _weights(objects, known, border_weights, device)
     low = [max(a - m, 0) for a, m in zip(start, margin, strict=True)]
     high = [
         min(b + m, along.target) for b, m, along in zip(stop, margin, grid, strict=True)
@@ -136,12 +139,20 @@ def _cut_again(
 
 
 def _weights(
-    objects: NDArray[np.int32], known: NDArray[np.bool_], border: BorderWeights | None
+    objects: NDArray[np.int32],
+    known: NDArray[np.bool_],
+    border: BorderWeights | None,
+    device: torch.device,
 ) -> NDArray[np.float32]:
     if border is None:
         return known.astype(np.float32)
     return border_weight_map(
-        objects, border.w0, border.sigma, preset=border.preset, known=known
+        objects,
+        border.w0,
+        border.sigma,
+        preset=border.preset,
+        known=known,
+        device=str(device) if device.type == "cuda" else None,
     )
 
 
@@ -204,9 +215,10 @@ class Patches:
         target, weights : Tensor of shape (batch, *spatial)
             Of the shape of the network's output.
         """
-        cut = self._cut(step, plan, pinned=device.type == "cuda")
+        pinned = device.type == "cuda"
+        cut = self._cut(step, plan, pinned)
         image, target, weights = (
-            tensor.to(device, non_blocking=True) for tensor in cut
+            tensor.to(device, non_blocking=pinned) for tensor in cut
         )
         random = np.random.default_rng((self._seed, step, plan.batch_size))
         generator = torch.Generator().manual_seed(int(random.integers(2**62)))
@@ -218,7 +230,7 @@ class Patches:
             weights = weights.narrow(axis, plan.shrink, side)
         return image, target, weights
 
-    def _cut(self, step: int, plan: PatchPlan, *, pinned: bool) -> Batch:
+    def _cut(self, step: int, plan: PatchPlan, pinned: bool) -> Batch:
         """Cut out the patches of a step; a GPU copies from pinned memory itself."""
         batch, source = (plan.batch_size,), plan.source_shape
         channels = self._images[0].pixels.shape[:1]

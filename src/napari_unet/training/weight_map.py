@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["border_weight_map", "cut_gaps"]
 
+_SMALL = 0xFFFF  # numbers that may be left as they are, also with gaps between them
 # Border weights below this are left out: it bounds how far an object reaches.
 _NEGLIGIBLE = 1e-5
 
@@ -31,6 +32,7 @@ def border_weight_map(
     balance_classes: bool = True,
     v: float = 0.1,
     sigma_balance: float = 10.0,
+    device: str | None = None,
 ) -> NDArray[np.float32]:
     """Weight the pixels of a training image.
 
@@ -65,6 +67,9 @@ def border_weight_map(
     v, sigma_balance : float, optional
         Lowest background weight, and how fast (pixels) it is reached away from the
         objects. Only for "falk".
+    device : str, optional
+        Where torch computes d1 and d2: worth it on a GPU only, and much so in 3D. By
+        default scipy does.
 
     Returns
     -------
@@ -95,7 +100,7 @@ def border_weight_map(
     _check_number("sigma_balance", sigma_balance, sigma_balance > 0, "more than 0")
 
     background = array == 0
-    weights = _border_term(array, w0, sigma)
+    weights = _border_term(array, w0, sigma, device)
     if preset == "falk":
         near = np.zeros(array.shape)
         if not background.all():  # without objects the distance is infinite
@@ -147,32 +152,48 @@ def cut_gaps(labels: ArrayLike) -> NDArray:
     return cut
 
 
-def _border_term(labels: NDArray, w0: float, sigma: float) -> NDArray[np.float64]:
+def _border_term(
+    labels: NDArray, w0: float, sigma: float, device: str | None
+) -> NDArray[np.float64]:
     """Compute the border term from the two smallest distances of every pixel.
 
-    An object cannot matter where its own distance alone makes the term negligible,
-    so that each object is looked at in its bounding box and that margin only.
+    An object cannot matter where its own distance alone makes the term negligible.
     """
     term = np.zeros(labels.shape)
     if w0 <= _NEGLIGIBLE:
         return term
-    margin = math.ceil(sigma * math.sqrt(2 * math.log(w0 / _NEGLIGIBLE)))
+    reach = math.ceil(sigma * math.sqrt(2 * math.log(w0 / _NEGLIGIBLE)))
     objects = _numbered(labels)
-    first = np.full(labels.shape, np.inf, np.float32)
+    if device is None:
+        first, second = _two_nearest(objects, reach)
+    else:
+        from napari_unet.training.two_nearest import two_nearest
+
+        first, second = two_nearest(objects, reach, device)
+    between = (labels == 0) & np.isfinite(second)
+    both = first[between].astype(np.float64) + second[between]
+    term[between] = w0 * np.exp(-((both / sigma) ** 2) / 2)
+    return term
+
+
+def _two_nearest(
+    objects: NDArray[np.int32], reach: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Look at each object in its bounding box and a margin only."""
+    first = np.full(objects.shape, np.inf, np.float32)
     second = first.copy()
     for number, box in enumerate(find_objects(objects), start=1):
+        if box is None:
+            continue
         window = tuple(
-            slice(max(0, side.start - margin), side.stop + margin) for side in box
+            slice(max(0, side.start - reach), side.stop + reach) for side in box
         )
         distance = distance_transform_edt(objects[window] != number)
         distance = distance.astype(np.float32)
         nearest = first[window]
         np.minimum(second[window], np.maximum(nearest, distance), out=second[window])
         np.minimum(nearest, distance, out=nearest)
-    between = (labels == 0) & np.isfinite(second)
-    reach = first[between].astype(np.float64) + second[between]
-    term[between] = w0 * np.exp(-((reach / sigma) ** 2) / 2)
-    return term
+    return first, second
 
 
 def _class_weights(
@@ -190,7 +211,9 @@ def _class_weights(
 
 
 def _numbered(labels: NDArray) -> NDArray[np.int32]:
-    """Number the objects 1, 2, … whatever their values."""
+    """Give the objects small numbers, whatever their values."""
+    if labels.min(initial=0) >= 0 and labels.max(initial=0) <= _SMALL:
+        return labels.astype(np.int32)
     numbers = np.zeros(labels.shape, np.int32)
     foreground = labels != 0
     _, index = np.unique(labels[foreground], return_inverse=True)
