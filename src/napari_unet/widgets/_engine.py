@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtpy.QtCore import QTimer
+from qtpy.QtCore import QObject, QTimer
 
 from napari_unet.steps import Progress
 from napari_unet.widgets._worker import start_worker
@@ -26,23 +26,31 @@ if TYPE_CHECKING:
 _DELAY = 200  # ms, in which a dock that was just made is drawn
 
 
-def when_drawn(call: Callable[[], object]) -> None:
+def when_drawn(dock: QObject, call: Callable[[], object]) -> None:
     """Call soon; if that may import torch, once a dock that was just made is drawn.
 
-    Libraries that are mapped meanwhile hold up whoever draws.
+    Libraries that are mapped meanwhile hold up whoever draws. Nothing is called once
+    the dock has gone.
     """
-    QTimer.singleShot(0 if "torch" in sys.modules else _DELAY, call)
+    timer = QTimer(dock)
+    timer.setSingleShot(True)
+    timer.timeout.connect(call)
+    timer.timeout.connect(timer.deleteLater)
+    timer.start(0 if "torch" in sys.modules else _DELAY)
 
 
-def load_engine(*modules: str) -> None:
+def load_engine(dock: QObject, *modules: str) -> None:
     """Import modules in a thread.
 
     Parameters
     ----------
+    dock : QObject
+        For which they are imported, unless it goes before.
     *modules : str
         Names within the package, of what clicks will need.
     """
     when_drawn(
+        dock,
         lambda: start_worker(
             _import_steps(modules),
             title="",
@@ -50,7 +58,7 @@ def load_engine(*modules: str) -> None:
             on_result=lambda result: None,
             on_error=lambda message: None,  # it is said when it is needed
             on_finished=lambda: None,
-        )
+        ),
     )
 
 

@@ -231,7 +231,7 @@ class ModelChooser(QWidget):
             return
         self.loading = self.chosen
         self._on_change()
-        when_drawn(self._start_loading)
+        when_drawn(self, self._start_loading)
 
     @while_alive
     def _start_loading(self) -> None:

@@ -157,7 +157,7 @@ class FineTuneWidget(Dock):
 
     @while_alive
     def _on_model(self, model: Model) -> None:
-        load_engine("training.project", "training.fine_tune")
+        load_engine(self, "training.project", "training.fine_tune")
         self._on_base()
 
     def _propose_name(self) -> None:

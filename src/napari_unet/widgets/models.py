@@ -78,7 +78,7 @@ class ModelsWidget(Dock):
         session.events.model.connect(self._on_session)
         session.library_changed.connect(self._on_session)
         self.refresh(session.source)
-        load_engine("models.safety", "inference.predict")
+        load_engine(self, "models.safety", "inference.predict")
 
     # --- building -------------------------------------------------------------
 

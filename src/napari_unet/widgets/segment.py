@@ -190,7 +190,7 @@ class SegmentWidget(Dock):
 
     @while_alive
     def _on_model(self, model: Model) -> None:
-        load_engine("inference.store")
+        load_engine(self, "inference.store")
         mine = _session.recall(NAME).get("objects", {}).get(self._chooser.chosen, {})
         self._objects.set_values(ObjectSettings.recommended(model.passport), mine)
         self._refresh()
