@@ -104,8 +104,13 @@ def compiling(monkeypatch):
 
     class Traced(CompiledLater):
         def __init__(self, function):
-            super().__init__(function, backend="eager")
+            super().__init__(function, backend=self.trace)
+            self.threads = []
             made.append(self)
+
+        def trace(self, graph, inputs):
+            self.threads.append(threading.current_thread().name)
+            return graph.forward
 
     monkeypatch.setattr(executors, "CompiledLater", Traced)
     return made
@@ -121,8 +126,12 @@ def test_a_compiled_network_predicts_the_same(compiling, options):
     (compute,) = compiling
     compute.wait()
     assert compute.is_ready
+    before = len(compute.threads)
     again = predict(image, model, tile_shape=(64, 64))
+    compute.wait()
     assert len(compiling) == 1  # the executor was kept
+    assert len(compute.threads) - before <= 3  # other shapes, and none twice
+    assert set(compute.threads) == {"compile"}  # never while somebody waits
     np.testing.assert_allclose(again, eager, atol=1e-6)
 
 

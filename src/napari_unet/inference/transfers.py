@@ -44,6 +44,7 @@ class Transfers:
     def __init__(self, device: torch.device):
         self._device = device
 
+    @torch.inference_mode()  # as the tensors that a network was compiled with
     def upload(self, pixels: NDArray, scaling: Scaling | None) -> Tensor:
         """Bring the pixels of a tile to the device, in any thread.
 
@@ -121,13 +122,13 @@ class CudaTransfers(Transfers):
         bins = 256**values.dtype.itemsize
         least = np.iinfo(values.dtype).min if values.dtype.kind == "i" else 0
         flat = np.ascontiguousarray(values).reshape(-1)
-        total = torch.zeros(bins, dtype=torch.int64, device=self._device)
         with torch.cuda.stream(self._up):
+            total = torch.zeros(bins, dtype=torch.int64, device=self._device)
             for first in range(0, flat.size, _BLOCK):
                 part = self._copy(torch.from_numpy(flat[first : first + _BLOCK]))
                 index = part.int() - least
                 total += torch.bincount(index, minlength=bins)
-        counts: NDArray[np.int64] = total.cpu().numpy()
+            counts: NDArray[np.int64] = total.cpu().numpy()
         return counts
 
     def _normalises(self, pixels: NDArray) -> bool:
