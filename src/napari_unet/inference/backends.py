@@ -129,9 +129,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         sign in text
         for sign in (
             "out of memory",
-            "can't allocate memory",
+            "can't alloc",
             "CUDNN_STATUS_ALLOC_FAILED",
             "CUBLAS_STATUS_ALLOC_FAILED",
+            "Failed to allocate",
+            "std::bad_alloc",
         )
     )
 
