@@ -1,15 +1,19 @@
-"""Runs a batch again and again, killed each time, in a process of its own.
+"""Runs batches again and again, killed each time, in a process of its own.
 
-Everything is imported once; each run is a fork, which a signal ends at a random
-moment or a chosen call ends between two system calls.
+Each line of the input is a list of JSON: the arguments of `kill`, whose answer is
+a line, too. Everything is imported once; each run is a fork, which a signal ends at a
+random moment or a chosen call ends between two system calls.
 """
 
+import importlib
 import json
 import os
 import random
 import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -68,6 +72,8 @@ def fork(function, *arguments):
     try:
         function(*arguments)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -98,26 +104,36 @@ def contents(path):
     return [(file.relative_to(path), file.read_bytes()) for file in files]
 
 
-def measure(job, calls_file):
-    """Find out how long an undisturbed run takes, and how many calls it makes."""
+def measure(job, told):
+    """Find out how long an undisturbed run takes, and how many calls it makes.
+
+    What it imports is imported here, too, so that the runs that follow need not.
+    """
 
     def count():
-        calls_file.write_text(str(run(undisturbed, os.devnull, None)))
+        calls = run(undisturbed, os.devnull, None)
+        told.write_text(json.dumps([calls, list(sys.modules)]))
 
     undisturbed = job.model_copy(update={"output": job.output.parent / "timed"})
-    started = time.perf_counter()
-    os.waitpid(fork(count), 0)
-    return time.perf_counter() - started, int(calls_file.read_text())
+    pid, started = fork(count), time.perf_counter()
+    os.waitpid(pid, 0)
+    seconds = time.perf_counter() - started
+    calls, modules = json.loads(told.read_text())
+    for name in modules:
+        with suppress(ImportError):  # some are made by others
+            importlib.import_module(name)
+    return seconds, calls
 
 
-def main(place, kills, by_call, is_large):
-    place = Path(place)
-    if is_large:
+def kill(place, kills, how, size):
+    """Let a batch be killed many times; print what each kill has cost."""
+    place, by_call = Path(place), how == "call"
+    if size == "large":
         take_for_large()
     job = BatchJob.load(place / "job.yaml")
     log = place / "started.txt"
     dice = random.Random(0)
-    seconds, calls = measure(job, place / "calls.txt")
+    seconds, calls = measure(job, place / "measured.json")
     killed, finished, redone, in_scratch, before = 0, 0, 0, 0, {}
     while True:
         deadly_call = None
@@ -144,8 +160,16 @@ def main(place, kills, by_call, is_large):
         if killed >= kills:
             break
     told = {"killed": killed, "finished": finished, "redone": redone}
-    sys.stdout.write(json.dumps({**told, "in scratch": in_scratch}))
+    answer(told | {"in scratch": in_scratch})
+
+
+def answer(told):
+    sys.stdout.write(f"{json.dumps(told)}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "call", sys.argv[4] == "large")
+    for line in sys.stdin:
+        _, status = os.waitpid(fork(kill, *json.loads(line)), 0)
+        if status:
+            answer(None)

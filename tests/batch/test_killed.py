@@ -14,18 +14,28 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 SCRIPT = Path(__file__).with_name("kill_batch.py")
 
 
-def kill(place, job, kills, how, size):
+@pytest.fixture(scope="module")
+def killer():
+    """A process that lets batches be killed."""
+    with subprocess.Popen(
+        [sys.executable, SCRIPT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+def kill(killer, place, job, *options):
     """Let a batch be killed many times; return what each kill has cost."""
     job.save(place / "job.yaml")
     with unchanged(place / "in"):
-        done = subprocess.run(
-            [sys.executable, SCRIPT, place, str(kills), how, size],
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+        killer.stdin.write(f"{json.dumps([str(place), *options])}\n")
+        killer.stdin.flush()
+        told = json.loads(killer.stdout.readline())
+    assert told, "the standard error says why it has failed"
+    return told
 
 
 @pytest.mark.parametrize(
@@ -42,14 +52,14 @@ def kill(place, job, kills, how, size):
     ],
 )
 def test_killed_and_resumed_is_the_same_as_undisturbed(
-    place, how, size, kind, files, kills
+    killer, place, how, size, kind, files, kills
 ):
     shutil.rmtree(place / "in")
     make_images(place / "in", files)
     job = make_job(place, format=kind, probabilities=True, measure=True)
     run_well(job.model_copy(update={"output": place / "reference"}))
 
-    told = kill(place, job, kills, how, size)
+    told = kill(killer, place, job, kills, how, size)
 
     assert told["killed"] >= kills
     # Some kills came while there were temporary arrays.
