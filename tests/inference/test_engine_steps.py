@@ -12,7 +12,7 @@ from exact import Predictor, predict, predict_steps, segment, segment_steps
 from whole_image import random_image, reference, trained_model
 
 from napari_unet.errors import BadInput, OutOfMemory
-from napari_unet.inference import backends, engine, executors
+from napari_unet.inference import backends, engine, executors, tile_run
 from napari_unet.inference.backends import Backend, Device, choose_device
 from napari_unet.inference.transfers import Transfers
 from napari_unet.models.model import Model
@@ -168,7 +168,7 @@ def test_closing_at_every_tick(model, in_flight):
 
 def test_a_tile_that_ends_just_after_the_heartbeat(monkeypatch, image, model):
     """Whatever the timing, a tick is a tick and never an error."""
-    monkeypatch.setattr(engine, "HEARTBEAT", 1e-5)
+    monkeypatch.setattr(tile_run, "HEARTBEAT", 1e-5)
     wanted = reference(model, image[None])
     for _ in range(3):
         ticks, result = collect(predict_steps(image, model, tile_shape=(8, 8)))

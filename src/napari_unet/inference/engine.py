@@ -7,10 +7,8 @@ edges: it does not depend on the tile size.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,26 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from napari_unet.errors import BadInput, OutOfMemory
+from napari_unet.errors import BadInput
 from napari_unet.inference.assembly import Blend, Strips
 from napari_unet.inference.backends import (
     Backend,
     Precision,
     choose_device,
-    is_out_of_memory,
 )
 from napari_unet.inference.classify import keep_all
 from napari_unet.inference.grid import Grid
+from napari_unet.inference.plan import TilePlan
 from napari_unet.inference.source import Source, open_source
-from napari_unet.inference.tiling import (
-    Tile,
-    centred_input_box,
-    choose_tile_shape,
-    halve_longest,
-    input_box,
-    round_up,
-    tile_grid,
-)
+from napari_unet.inference.tile_run import Machine, TileRun, heartbeats
 from napari_unet.network.config import ProgramConfig
 from napari_unet.network.receptive_field import receptive_field
 from napari_unet.steps import Progress
@@ -51,25 +41,20 @@ if TYPE_CHECKING:
 
     from napari_unet.inference.assembly import Assembly
     from napari_unet.inference.classify import Reduction
+    from napari_unet.inference.tiling import Tile
     from napari_unet.models.model import Model
     from napari_unet.models.normalize import Scaling
 
 Result = TypeVar("Result")
 
-HEARTBEAT = 0.25  # seconds between two yields within a tile
-MIN_TILE = 64  # pixels; smaller tiles are all halo
-
 
 @dataclass
-class _Shared:
-    """What the parts of one prediction have in common."""
+class _Known:
+    """What the parts of one prediction have found out about the image."""
 
-    backend: Backend
-    pool: ThreadPoolExecutor
     # Of the whole image under (), of a plane under its place in the loop.
     scalings: dict[tuple[int, ...], Scaling] = field(default_factory=dict)
     non_finite: int = 0
-    longest_side: int | None = None  # of a tile, once memory ran out
 
 
 class Predictor:
@@ -125,17 +110,15 @@ class Predictor:
         self.units = list(self.source.units(self.region))
         config = model.network.config
         self.field = receptive_field(config)
-        self._fixed: ProgramConfig | None = None  # takes inputs of one shape only
         if isinstance(config, ProgramConfig) and config.fixed_shape:
-            self._fixed = config
             config.check_turned(test_time_augmentation)
         self._augment = test_time_augmentation
         chosen = choose_device(device).that_runs(model.network)
         self.notes += [chosen.note] if chosen.note else []
-        self._backend_on = partial(
+        backend_on = partial(
             Backend, model.network, precision=precision, memory_limit=memory_limit
         )
-        backend = self._backend_on(chosen.name)
+        backend = backend_on(chosen.name)
         self._is_part = False
         factors = model.rescaling(dict(pixel_size or {}))
         if factors:
@@ -143,15 +126,13 @@ class Predictor:
             self.notes.append(fit.capitalize() + ".")
         self._grid = Grid.over(self.source.spatial_shape, factors)
         self._given_tile_shape = tile_shape
-        # Tiles that are computed, one that is read, and objects that are made.
-        threads = backend.transfers.in_flight + 2
-        self._shared = _Shared(backend, ThreadPoolExecutor(threads, "napari-unet"))
+        self._machine, self._known = Machine(backend_on, backend), _Known()
         try:
             self._set_tiles()
         except BaseException:
             self.close()
             raise
-        if self.model.inexact_reason and len(self._tiles) > 1:
+        if self.model.inexact_reason and len(self._plan.tiles) > 1:
             self.notes.append(
                 "The tiles are blended, so that the result depends a little on the "
                 f"tile size: {self.model.inexact_reason}."
@@ -178,41 +159,29 @@ class Predictor:
 
     def _set_tiles(self) -> None:
         self._wanted = [self.region[axis] for axis in self.source.spatial]
-        self._grid_region = self._grid.region(self._wanted)
-        shape = [part.stop - part.start for part in self._grid_region]
-        tile_shape = self._given_tile_shape
-        if self._fixed is not None:
-            tile_shape = self._fixed.tile_shape(self._grid_region, self._grid.shape)
-        elif tile_shape is None:
-            budget = self._shared.backend.max_input_pixels
-            tile_shape = choose_tile_shape(shape, self.field, budget)
-        elif np.shape(tile_shape) != (self.model.ndim,) or min(tile_shape) < 1:
+        shape = self._given_tile_shape
+        if shape is not None and (
+            np.shape(shape) != (self.model.ndim,) or min(shape) < 1
+        ):
             raise BadInput(
-                f"tile_shape={tile_shape} does not name {self.model.ndim} "
-                f"positive sides for {self.source.spatial}."
+                f"tile_shape={shape} does not name {self.model.ndim} positive sides "
+                f"for {self.source.spatial}."
             )
-        longest = self._shared.longest_side or max(tile_shape)
-        self.tile_shape = tuple(
-            round_up(min(n, longest), self.field.alignment) for n in tile_shape
+        self._plan = TilePlan(
+            self.model.network.config,
+            self._grid.region(self._wanted),
+            self._grid.shape,
+            tile_shape=shape,
+            max_input_pixels=self._machine.backend.max_input_pixels,
+            longest_side=self._machine.longest_side,
+            is_turned=self._augment,
+            is_blended=bool(self.model.inexact_reason),
         )
-        self._tiles = tile_grid(
-            self._grid_region, self.tile_shape, self.field.alignment
-        )
-        self._overlap = (0,) * self.model.ndim
-        if self.model.inexact_reason and len(self._tiles) > 1:
-            halo = round_up(max(self.field.halo), self.field.alignment)
-            overlap = (halo,) * self.model.ndim
-            if self._fixed is not None:
-                overlap = self._fixed.overlaps
-            self._overlap = tuple(
-                min(n, side // 2)
-                for n, side in zip(overlap, self.tile_shape, strict=True)
-            )
 
     @property
     def computed_by(self) -> str:
         """What runs the network now, and how precisely: "cpu, OpenVINO, bfloat16"."""
-        backend = self._shared.backend
+        backend = self._machine.backend
         return f"{backend.device}, {backend.title}"
 
     @property
@@ -242,7 +211,7 @@ class Predictor:
     @property
     def total(self) -> int:
         """Number of tiles of all units."""
-        return len(self._tiles) * len(self.units)
+        return len(self._plan.tiles) * len(self.units)
 
     def unit_steps(
         self, index: int, reduce: Reduction = keep_all
@@ -300,13 +269,15 @@ class Predictor:
             yield self._progress(index, 0, note=self.notes.pop(0))
         reading = self.submit(self._open_unit, unit)
         source, scaling = yield from self._heartbeats(reading, index, 0)
-        is_whole = self._grid.rescales or any(self._overlap)
-        assembly: Assembly = Strips(self._grid_region, self._tiles)
+        plan, is_whole = self._plan, self._grid.rescales or self._plan.is_blended
+        assembly: Assembly = Strips(plan.region, plan.tiles)
         if is_whole:
-            shape, is_blended = self._grid.shape, any(self._overlap)
-            assembly = Blend(self._grid_region, shape, is_blended)
+            assembly = Blend(plan.region, self._grid.shape, plan.is_blended)
         read = partial(self._read, source, scaling, unit)
-        tiles = self._tile_steps(read, index, keep_all if is_whole else reduce)
+        hand_on = partial(self._hand_on, source, unit, is_whole, reduce, take)
+        kept = keep_all if is_whole else reduce
+        run = TileRun(self._machine, plan, read, kept, augment=self._augment)
+        tiles = run.steps(partial(self._progress, index))
         handing: Future[None] | None = None
         try:
             # Closed before what is handed on is waited for.
@@ -318,28 +289,28 @@ class Predictor:
                     for rows, part in assembly.add(*item):
                         if handing is not None:
                             yield from self.wait_steps(handing, index)
-                        arguments = source, unit, rows, part, is_whole, reduce, take
-                        handing = self.submit(self._hand_on, *arguments)
+                        handing = self.submit(hand_on, rows, part)
                         del part
             assert handing is not None
             yield from self.wait_steps(handing, index)
         finally:
             # Nothing may be written into files that are being removed.
-            wait([handing] if handing is not None else [])
+            if handing is not None and not handing.cancel():
+                wait([handing])
         if index == len(self.units) - 1 and not self._is_part:
             self.notes += self.last_notes()
         while self.notes:
-            yield self._progress(index, len(self._tiles), note=self.notes.pop(0))
+            yield self._progress(index, len(self._plan.tiles), note=self.notes.pop(0))
 
     def _hand_on(
         self,
         source: Source,
         unit: Mapping[str, int],
-        rows: slice,
-        part: NDArray,
         is_whole: bool,
         reduce: Reduction,
         take: Callable[[slice, NDArray], None],
+        rows: slice,
+        part: NDArray,
     ) -> None:
         """Give what is complete to who wants it."""
         if is_whole:
@@ -354,7 +325,7 @@ class Predictor:
 
     def last_notes(self) -> list[str]:
         """Return what is known only when all parts of the image are predicted."""
-        count = self._shared.non_finite
+        count = self._known.non_finite
         if not count:
             return []
         if count == 1:
@@ -367,13 +338,13 @@ class Predictor:
         source = self._read_part(unit) if self._is_part else self.source.in_memory(unit)
         of_plane = how.scope == "plane"
         key = tuple(unit.values()) if of_plane else ()
-        scalings = self._shared.scalings
+        scalings = self._known.scalings
         if key not in scalings:
             # What was read holds all that is needed if there is nothing else.
             only = len(self.units) == 1 and not self.source.loop
             is_all = not self._is_part and (of_plane or only)
             fitted = source if is_all else self.source
-            count = self._shared.backend.transfers.count
+            count = self._machine.backend.transfers.count
             scalings[key] = fitted.scaling(how, unit if of_plane else None, count)
             if not of_plane and not scalings[key].gain.any():
                 self.notes.append("The image is constant: nothing can be found in it.")
@@ -381,84 +352,18 @@ class Predictor:
 
     def _read_part(self, unit: Mapping[str, int]) -> Source:
         """Read at once what the tiles of a part need of a lazy image."""
-        boxes = [self._input_box(tile)[:2] for tile in self._tiles]
+        boxes = [self._plan.input_box(tile)[:2] for tile in self._plan.tiles]
         start = np.min([box[0] for box in boxes], axis=0).tolist()
         stop = np.max([box[1] for box in boxes], axis=0).tolist()
         return self.source.windowed(unit, *self._grid.reach(start, stop))
-
-    def _tile_steps(
-        self,
-        read: Callable[[Tile], Tensor],
-        index: int,
-        reduce: Reduction,
-    ) -> Generator[Progress | tuple[Tile, Tile, NDArray], None, None]:
-        """Predict all tiles of a unit on the model's grid.
-
-        Yields
-        ------
-        Progress, or (tile, tile with its overlap, what is kept of it)
-        """
-        waiting = deque(self._tiles)
-        flying: deque[tuple[Tile, Future[NDArray]]] = deque()
-        ahead: dict[Tile, Future[Tensor]] = {}
-        while waiting or flying:
-            in_flight = self._shared.backend.transfers.in_flight
-            # The next tile is read while those before are computed.
-            for tile in itertools.islice(waiting, in_flight - len(flying) + 1):
-                ahead[tile] = ahead.get(tile) or self.submit(read, tile)
-            while waiting and len(flying) < in_flight:
-                tile = waiting.popleft()
-                computing = self.submit(self._predict, ahead.pop(tile), tile, reduce)
-                flying.append((tile, computing))
-            tile, computing = flying.popleft()
-            done = len(self._tiles) - len(waiting) - len(flying) - 1
-            values: NDArray | None = None
-            try:
-                values = yield from self._heartbeats(computing, index, done)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            if values is None:
-                # Outside the handler, whose traceback holds the tensors.
-                waiting.extendleft(other for other, _ in reversed(flying))
-                rest = [other for _, other in flying]
-                while wait(rest, HEARTBEAT).not_done:
-                    yield self._progress(index, done)
-                del computing, rest
-                flying.clear()
-                ahead.clear()
-                note = self._make_room(tile, waiting)
-                done = len(self._tiles) - len(waiting)
-                yield self._progress(index, done, note=note)
-                continue
-            yield tile, self._with_overlap(tile), values
-            yield self._progress(index, done + 1)
 
     def _read(
         self, source: Source, scaling: Scaling, unit: Mapping[str, int], tile: Tile
     ) -> Tensor:
         """Read what a tile needs, and bring it to the device."""
-        start, stop, _ = self._input_box(tile)
+        start, stop, _ = self._plan.input_box(tile)
         pixels = self._grid.read(source, scaling, unit, start, stop)
-        return self._shared.backend.transfers.upload(*pixels)
-
-    def _predict(self, image: Future[Tensor], tile: Tile, reduce: Reduction) -> NDArray:
-        """Predict one tile with its overlap."""
-        offset, shape = self._input_box(tile)[2], self._with_overlap(tile).shape
-        box = [(o, o + n) for o, n in zip(offset, shape, strict=True)]
-        backend = self._shared.backend
-        return backend.run(image.result(), box, augment=self._augment, reduce=reduce)
-
-    def _with_overlap(self, tile: Tile) -> Tile:
-        return tile.grown(self._overlap, self._grid_region)
-
-    def _input_box(
-        self, tile: Tile
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        kept = self._with_overlap(tile)
-        if self._fixed is not None:
-            return centred_input_box(kept, self._fixed)
-        return input_box(kept, self.field, symmetric=self._augment)
+        return self._machine.backend.transfers.upload(*pixels)
 
     def _clear_non_finite(
         self,
@@ -478,60 +383,30 @@ class Predictor:
             bad = ~np.isfinite(source.read(unit, low, high)).all(axis=0)
             if bad.any():
                 part[:, first - rows.start : last - rows.start][:, bad] = background
-                self._shared.non_finite += int(bad.sum())
-
-    def _make_room(self, tile: Tile, waiting: deque[Tile]) -> str:
-        """After memory ran out: halve what is left, or leave the GPU."""
-        shared, alignment = self._shared, self.field.alignment
-        shared.backend.empty_cache()
-        device = shared.backend.device.type
-        longest = max(tile.shape)
-        can_shrink = self._fixed is None and longest > max(MIN_TILE, alignment)
-        if can_shrink and tile.halved(alignment):
-            rest = halve_longest([tile, *waiting], longest, alignment)
-            waiting.clear()
-            waiting.extend(rest)
-            # The units and parts to come are cut in the same way.
-            self._tiles = halve_longest(self._tiles, longest, alignment)
-            said = shared.longest_side is not None
-            shared.longest_side = round_up(longest // 2, alignment)
-            note = f"Memory ran out on {device}; going on with smaller tiles."
-            return "" if said else note
-        if device == "cpu":
-            raise OutOfMemory(
-                "Memory ran out even for the smallest tile. Close other programs or "
-                "use a smaller model."
-            )
-        waiting.appendleft(tile)
-        shared.backend.close()
-        shared.backend = self._backend_on("cpu")
-        return f"Memory ran out on {device}; going on on the CPU, which is slower."
+                self._known.non_finite += int(bad.sum())
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
         """Run something beside the prediction; see `wait_steps`."""
-        return self._shared.pool.submit(function, *args)
+        return self._machine.submit(function, *args)
 
     def wait_steps(
         self, future: Future[Result], index: int
     ) -> Generator[Progress, None, Result]:
         """Wait for what `submit` gave, after all tiles of a unit, with heartbeats."""
-        return (yield from self._heartbeats(future, index, len(self._tiles)))
+        return (yield from self._heartbeats(future, index, len(self._plan.tiles)))
 
     def _heartbeats(
         self, future: Future[Result], index: int, done: int
     ) -> Generator[Progress, None, Result]:
-        """Wait for a future, yielding so that the caller can cancel."""
-        while not wait([future], HEARTBEAT).done:
-            yield self._progress(index, done)
+        yield from heartbeats([future], lambda: self._progress(index, done))
         return future.result()
 
     def _progress(self, index: int, done: int, note: str = "") -> Progress:
-        before = index * len(self._tiles)
+        before = index * len(self._plan.tiles)
         number = min(before + done + 1, self.total)
         message = f"tile {number} of {self.total}"
         return Progress(before + done, self.total, message, note)
 
     def close(self) -> None:
         """End everything that still runs, without waiting for it."""
-        self._shared.backend.close()
-        self._shared.pool.shutdown(wait=False, cancel_futures=True)
+        self._machine.close()
