@@ -3,7 +3,7 @@
 import pytest
 from whole_image import trained_model
 
-from napari_unet.inference.openvino_executor import _Graph
+from napari_unet.inference.openvino_executor import _Graph, _joint
 from napari_unet.network.cropping import cropping
 from napari_unet.network.receptive_field import receptive_field
 
@@ -20,5 +20,6 @@ def test_no_maps_are_joined_in_a_tile(ndim, padding):
         keep = [(before, before + 16)] * ndim
         crop = cropping(network.config, keep, [side] * ndim)
     shape = (1, 1, *[side] * ndim)
-    graph = _Graph(network, shape, crop).build()
+    joints = [_joint(network, step) for step in range(network.config.depth)]
+    graph = _Graph(network, joints, shape, crop).build()
     assert "Concat" not in {layer.get_type_name() for layer in graph.get_ops()}

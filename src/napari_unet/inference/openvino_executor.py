@@ -16,6 +16,7 @@ from torch import nn
 from napari_unet.errors import Cancelled
 from napari_unet.network.blocks import narrow
 from napari_unet.network.folding import (
+    Convolution,
     fold_norms,
     join_upsampling,
     joining_saves,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from napari_unet.network.unet import UNet
 
 __all__ = ["OpenVinoExecutor", "can_execute"]
+
+# What `join_upsampling` returns.
+Joint = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _KEPT = 4  # compiled graphs: the tiles of one image have four shapes at most
 _POLL = 50  # milliseconds between two looks at whether to stop
@@ -76,6 +80,9 @@ class OpenVinoExecutor:
         self._splits = self.precision == "bfloat16" and split_first(
             self._network, torch.bfloat16
         )
+        self._joints = [
+            _joint(self._network, step) for step in range(network.config.depth)
+        ]
         self._requests: OrderedDict[Any, Any] = OrderedDict()
 
     def run(
@@ -142,7 +149,7 @@ class OpenVinoExecutor:
         if key not in self._requests:
             while len(self._requests) >= _KEPT:
                 self._requests.popitem(last=False)
-            graph = _Graph(self._network, shape, cropping).build()
+            graph = _Graph(self._network, self._joints, shape, cropping).build()
             compiled = self._core.compile_model(graph, "CPU", self._settings)
             self._requests[key] = compiled, compiled.create_infer_request()
         self._requests.move_to_end(key)
@@ -155,16 +162,34 @@ def _shared_tensor(image: NDArray[np.float32]) -> Any:
     return openvino.Tensor(image, shared_memory=True)
 
 
+def _joint(network: UNet, step: int) -> Joint | None:
+    """Make an upsampling and the convolution after it one, where that saves time."""
+    config = network.config
+    up: Any = network.up[step]
+    first = next(network.decoder[step].children(), None)
+    concatenates = config.skip_connections and config.skips == "concat"
+    if not (concatenates and up.kind == "transposed" and up.conv is not None):
+        return None
+    if not (isinstance(first, Convolution) and joining_saves(up.conv, first)):
+        return None
+    return join_upsampling(up.conv, first)
+
+
 class _Graph:
     """The graph of a network for one shape of tile, layer by layer."""
 
     def __init__(
-        self, network: UNet, shape: tuple[int, ...], cropping: Cropping | None
+        self,
+        network: UNet,
+        joints: Sequence[Joint | None],
+        shape: tuple[int, ...],
+        cropping: Cropping | None,
     ):
         from openvino import opset13
 
         self._op = opset13
-        self._network, self._shape, self._cropping = network, shape, cropping
+        self._network, self._joints = network, joints
+        self._shape, self._cropping = shape, cropping
         self._ndim = network.config.ndim
 
     def build(self) -> Any:
@@ -190,16 +215,16 @@ class _Graph:
     def _expand(self, step: int, x: Any, skip: Any) -> Any:
         """One step of the expanding path."""
         config, cropping = self._network.config, self._cropping
-        up: Any = self._network.up[step]
         layers = list(self._network.decoder[step].children())
-        joins = self._joins(step, self._sides(skip))
+        joint = self._joints[step]
+        joins = joint is not None and self._is_exact(step, self._sides(skip))
         if cropping:
             x = self._narrow(x, cropping.below[step])
             skip = self._narrow(skip, cropping.skip[step])
-        if joins:
-            x = self._joined(up.conv, layers.pop(0), x, skip, step)
-            return self._layers(layers, x)
-        x = self._up(up, x)
+        if joint is not None and joins:
+            x = self._joined(joint, x, skip, step)
+            return self._layers(layers[1:], x)
+        x = self._up(self._network.up[step], x)
         if cropping:
             x = self._narrow(x, cropping.upsampled[step])
         if config.skip_connections:
@@ -208,41 +233,34 @@ class _Graph:
             x = self._op.add(x, skip) if adds else self._op.concat([skip, x], 1)
         return self._layers(layers, x)
 
-    def _joins(self, step: int, sides: Sequence[int]) -> bool:
-        """Tell whether an upsampling becomes one with the convolution after it."""
-        config, cropping = self._network.config, self._cropping
-        up: Any = self._network.up[step]
-        first = next(self._network.decoder[step].children(), None)
-        concatenates = config.skip_connections and config.skips == "concat"
-        if not (concatenates and up.kind == "transposed" and up.conv is not None):
-            return False
-        if not joining_saves(up.conv, first):
-            return False
-        if config.padding == "valid":
+    def _is_exact(self, step: int, sides: Sequence[int]) -> bool:
+        """Tell whether nothing of a joint that is wrong, at edges, is wanted."""
+        if self._network.config.padding == "valid":
             return True
-        # The zeros around a map lack the bias of the upsampling; what lies around
-        # a part of a map is not wanted.
+        # What lies around a part of a map is not wanted.
+        cropping = self._cropping
         return cropping is not None and all(
             0 < start and stop < side
             for (start, stop), side in zip(cropping.skip[step], sides, strict=True)
         )
 
-    def _joined(self, up: Any, conv: Any, x: Any, skip: Any, step: int) -> Any:
+    def _joined(self, joint: Joint, x: Any, skip: Any, step: int) -> Any:
         """Upsample and convolve at once, without the map that joins both."""
-        weight, of_skip, bias = join_upsampling(up, conv)
-        sides = self._sides(x)
+        weight, of_skip, bias = joint
+        padding = 1 if self._network.config.padding == "same" else 0
+        sides, margin = self._sides(x), 2 - padding
         spans = [(0, 2 * side) for side in sides]
         if self._cropping:
             spans = list(self._cropping.upsampled[step])
-        edges = zip(spans, sides, conv.padding, strict=True)
-        begins, ends = zip(
-            *[(2 - n + a, 2 - n + 2 * side - b) for (a, b), side, n in edges],
-            strict=True,
-        )
-        x = self._transposed(x, weight, up.stride, begins, ends)
-        lost = 2 * (1 - conv.padding[0])
+        begins = [margin + start for start, _ in spans]
+        ends = [
+            margin + 2 * side - stop
+            for (_, stop), side in zip(spans, sides, strict=True)
+        ]
+        x = self._transposed(x, weight, [2] * self._ndim, begins, ends)
+        lost = 2 - 2 * padding
         skip = self._cut_centre(skip, [side + lost for side in self._sides(x)])
-        skip = self._convolved(skip, of_skip, conv.padding)
+        skip = self._convolved(skip, of_skip, [padding] * self._ndim)
         return self._op.add(self._op.add(skip, self._per_channel(bias)), x)
 
     def _layers(self, layers: Iterable[nn.Module], x: Any) -> Any:
@@ -367,4 +385,5 @@ class _Graph:
 def _constant(values: torch.Tensor) -> Any:
     from openvino import opset13
 
-    return opset13.constant(values.detach().contiguous().numpy())
+    # Shared, because a copy that finds no memory would end the process.
+    return opset13.constant(values.detach().contiguous().numpy(), shared_memory=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 if TYPE_CHECKING:
@@ -56,20 +56,18 @@ def fold_norms(network: UNet) -> UNet:
     return folded
 
 
-def joining_saves(up: Transposed, layer: nn.Module | None) -> bool:
+def joining_saves(up: Transposed, conv: Convolution) -> bool:
     """Tell whether `join_upsampling` saves multiplications.
 
     Parameters
     ----------
     up : ConvTranspose2d or ConvTranspose3d
         Of kernel and stride 2.
-    layer : Module or None
-        What follows, after the map was joined to the skip connection.
+    conv : Conv2d or Conv3d
+        Of kernel 3; its last input channels are those of the upsampled map.
     """
-    if not isinstance(layer, _CONVOLUTIONS):
-        return False
-    (before, between), after = up.weight.shape[:2], layer.out_channels
-    corners, taps = up.weight[0, 0].numel(), layer.weight[0, 0].numel()
+    (before, between), after = up.weight.shape[:2], conv.out_channels
+    corners, taps = up.weight[0, 0].numel(), conv.weight[0, 0].numel()
     return corners * before * after < before * between + taps * between * after
 
 
@@ -97,14 +95,20 @@ def join_upsampling(up: Transposed, conv: Convolution) -> tuple[Tensor, Tensor, 
         Of the sum. In the row of pixels at the edge of a map it is right only
         if ``conv`` does not pad, or ``up`` has no bias.
     """
-    kernel, weight = up.weight.double(), conv.weight.double()
-    of_skip, of_up = weight.tensor_split([weight.shape[1] - kernel.shape[1]], dim=1)
-    convolve = functional.conv2d if kernel.ndim == 4 else functional.conv3d
-    transposed = convolve(kernel, of_up, padding=2)
-    bias = torch.zeros(len(weight)).double() if conv.bias is None else conv.bias
+    ndim, skip = up.weight.ndim - 2, conv.in_channels - up.out_channels
+    of_skip, of_up = conv.weight[:, :skip], conv.weight[:, skip:]
+    # One matrix for each place, without gaps between its numbers.
+    corners = up.weight.movedim((0, 1), (-2, -1)).contiguous()
+    taps = of_up.movedim((1, 0), (-2, -1)).contiguous()
+    transposed = taps.new_zeros(*[4] * ndim, up.in_channels, conv.out_channels)
+    for corner in itertools.product(range(2), repeat=ndim):
+        for tap in itertools.product(range(3), repeat=ndim):
+            place = [2 + c - t for c, t in zip(corner, tap, strict=True)]
+            transposed[tuple(place)] += corners[corner] @ taps[tap]
+    bias = transposed.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
     if up.bias is not None:
-        bias = bias + of_up.flatten(2).sum(2) @ up.bias.double()
-    return transposed.float(), of_skip.float(), bias.float()
+        bias = bias + of_up.flatten(2).sum(2) @ up.bias
+    return transposed.movedim((-2, -1), (0, 1)), of_skip, bias
 
 
 def split_first(network: UNet, dtype: torch.dtype) -> bool:
