@@ -13,11 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_hook
 
 from napari_unet import Annotation, Model, TrainingSettings, UNet, fine_tune
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.checkpoint import model_sha256
 from napari_unet.models.model import BorderWeights
+from napari_unet.training import loop
 from napari_unet.training.fine_tune import (
     TrainingStep,
     View,
@@ -324,8 +326,6 @@ def test_a_loss_that_is_not_finite_ends_the_training_in_words():
 
 
 def test_what_was_learnt_before_is_kept_when_the_loss_is_not_finite(monkeypatch):
-    from napari_unet.training import loop
-
     learn_steps = loop.Training.learn_steps
 
     def end_after_25_steps(self, step, rate):
@@ -426,6 +426,32 @@ def test_variants_train(options, settings):
     if settings.preset == "paper":
         assert better.network.config.dropout == 0.5
         assert record.settings["batch_size"] == 1
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU"
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("able", [True, False])
+def test_where_bfloat16_is_not_computed_it_learns_in_float32(monkeypatch, device, able):
+    """As on GPUs before Ampere, for which no other 16-bit numbers are used."""
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda _: able)
+    seen = set()
+
+    def look(module, inputs, logits):
+        if isinstance(module, UNet) and module.training:
+            seen.add(logits.dtype)
+
+    hook = register_module_forward_hook(look)
+    try:
+        settings = QUICK.model_copy(update={"device": device})
+        better = fine_tune(tiny(), [Annotation(*discs(0))], settings)
+    finally:
+        hook.remove()
+    assert seen == {torch.bfloat16 if able else torch.float32}
+    assert all(math.isfinite(s) for s in better.passport.history[-1].scores.values())
 
 
 def test_volumes_train():

@@ -99,14 +99,14 @@ class Training:
         self.network = data.model.unet.to(device)
         if data.model.ndim == 2:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._frozen = []
+        # Once, as the lists below: a search through all modules keeps a GPU waiting.
+        self.network.train()
         if settings.freeze_encoder:
-            parts = dict(self.network.named_children())
-            names = ("encoder", "bridge", "bottleneck")
-            self._frozen = [parts[name] for name in names if name in parts]
-        for part in self._frozen:
-            part.requires_grad_(False)
+            for name, part in self.network.named_children():
+                if name in ("encoder", "bridge", "bottleneck"):
+                    part.requires_grad_(False).eval()
         self._weights = [w for w in self.network.parameters() if w.requires_grad]
+        self._statistics = list(self.network.buffers())
         self.optimizer = _optimizer(self._weights, settings)
         self._loss = _loss(settings, self.network.config.num_classes)
         self._half = settings.precision == "auto" and computes_bfloat16(device)
@@ -161,10 +161,7 @@ class Training:
 
     def _differentiate(self, step: int) -> float:
         """Compute the loss of a step and its gradient; not finite if one is not."""
-        self.network.train()
-        for part in self._frozen:
-            part.eval()
-        statistics = [buffer.clone() for buffer in self.network.buffers()]
+        before = [buffer.clone() for buffer in self._statistics]
         loss = math.nan
         try:
             self.optimizer.zero_grad(set_to_none=True)
@@ -185,7 +182,7 @@ class Training:
             return loss
         finally:
             if not math.isfinite(loss):
-                for buffer, old in zip(self.network.buffers(), statistics, strict=True):
+                for buffer, old in zip(self._statistics, before, strict=True):
                     buffer.copy_(old)
 
     @contextmanager
