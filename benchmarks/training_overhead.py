@@ -21,6 +21,7 @@ import argparse
 import copy
 import statistics
 import time
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,10 @@ from napari_unet.training.feed import Feed
 from napari_unet.training.fine_tune import fine_tune_steps
 from napari_unet.training.losses import cross_entropy
 from napari_unet.training.patches import Patches
+
+if TYPE_CHECKING:
+    from napari_unet.training.plan import PatchPlan
+    from napari_unet.training.settings import TrainingStep
 
 TURNS = 6  # of each
 KEPT = 10  # batches of the bare loop
@@ -69,13 +74,14 @@ class BareLoop:
         self.half = computes_bfloat16(device)
         self.optimizer = torch.optim.AdamW(network.parameters(), fused=True)
 
-    def step(self, image, target, weights) -> None:
+    def step(self, image, target, weights) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             logits = self.network(image)
         loss = cross_entropy(logits, target, weights)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
 
 class WatchedFeed(Feed):
@@ -90,9 +96,21 @@ class WatchedFeed(Feed):
         return batch
 
 
-def until(steps, wanted) -> None:
-    while not wanted(next(steps)):
+class Overhead(NamedTuple):
+    """Seconds for a step; part of them waiting; seconds for a patch; first losses."""
+
+    plan: PatchPlan
+    bare: float
+    training: float
+    waited: float
+    patch: float
+    losses: tuple[float, float]
+
+
+def until(steps, wanted) -> TrainingStep:
+    while not wanted(step := next(steps)):
         pass
+    return step
 
 
 def finish(device: torch.device) -> float:
@@ -102,56 +120,67 @@ def finish(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, help="60, on a GPU 600, by default")
-    parser.add_argument("--base-channels", type=int, default=16)
-    parser.add_argument("--device", default="auto")
-    arguments = parser.parse_args()
-    device = torch.device(choose_device(arguments.device).name)
-    steps = arguments.steps or (60 if device.type == "cpu" else 600)
-    torch.manual_seed(0)
-    model = Model(UNet(1, 2, base_channels=arguments.base_channels))
-    annotations = [Annotation(*discs(seed)) for seed in range(4)]
-    settings = TrainingSettings(
-        steps=steps + 1, validate_every=10**6, device=str(device)
-    )
+def learnt(step: TrainingStep) -> bool:
+    return step.loss is not None
+
+
+def compare(model, annotations, settings: TrainingSettings) -> Overhead:
+    """Let a training and a bare loop take turns, but for one step the first."""
+    device, turn = torch.device(settings.device), (settings.steps - 1) // TURNS
     data = result_of(prepare_steps(model, annotations, settings, device))
     patches = Patches(data.images, settings.seed)
     patches.batch(0, data.plan, device)  # what is only slow once
     batches, start = [], finish(device)
     for step in range(1, KEPT + 1):
         batches.append(patches.batch(step, data.plan, device))
-    made = (finish(device) - start) / (KEPT * data.plan.batch_size)
+    patch = (finish(device) - start) / (KEPT * data.plan.batch_size)
     batches = [
         (image.contiguous(memory_format=torch.channels_last), *others)
         for image, *others in batches
     ]
     bare_loop = BareLoop(model.network, device)
     loop.Feed = WatchedFeed
-    training = fine_tune_steps(model, annotations, settings)
-    until(training, lambda step: step.message == "before training")
-    until(training, lambda step: step.loss is not None)
-    bare_loop.step(*batches[0])
-    WatchedFeed.waited = 0.0
-    bare, full, turn = [], [], steps // TURNS
-    for _ in range(TURNS):
-        start = finish(device)
-        for _ in range(turn):
-            until(training, lambda step: step.loss is not None)
-        middle = finish(device)
-        for number in range(turn):
-            bare_loop.step(*batches[number % KEPT])
-        full.append((middle - start) / turn)
-        bare.append((finish(device) - middle) / turn)
-    training.close()
-    slow, fast = statistics.median(full), statistics.median(bare)
+    try:
+        training = fine_tune_steps(model, annotations, settings)
+        losses = float(bare_loop.step(*batches[0])), until(training, learnt).loss
+        WatchedFeed.waited = 0.0
+        bare, full = [], []
+        for _ in range(TURNS):
+            start = finish(device)
+            for _ in range(turn):
+                until(training, learnt)
+            middle = finish(device)
+            for number in range(turn):
+                bare_loop.step(*batches[number % KEPT])
+            full.append((middle - start) / turn)
+            bare.append((finish(device) - middle) / turn)
+        training.close()
+    finally:
+        loop.Feed = Feed
     waited = WatchedFeed.waited / (sum(full) * turn)
-    print(f"{device}, batches of {data.plan}, {arguments.base_channels} channels")
-    print(f"bare loop  {1 / fast:.2f} steps/s")
-    print(f"training   {1 / slow:.2f} steps/s, {waited:.1%} waiting for patches")
-    print(f"ratio      {slow / fast:.3f} (target: at most 1.11)")
-    print(f"one thread makes {1 / made:.0f} patches/s")
+    middles = statistics.median(bare), statistics.median(full)
+    return Overhead(data.plan, *middles, waited, patch, losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--steps", type=int, help="60, on a GPU 600, by default")
+    parser.add_argument("--base-channels", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = choose_device(arguments.device).name
+    steps = arguments.steps or (60 if device == "cpu" else 600)
+    torch.manual_seed(0)
+    model = Model(UNet(1, 2, base_channels=arguments.base_channels))
+    annotations = [Annotation(*discs(seed)) for seed in range(4)]
+    settings = TrainingSettings(steps=steps + 1, validate_every=10**6, device=device)
+    found = compare(model, annotations, settings)
+    print(f"{device}, {found.plan}, {arguments.base_channels} channels at first")
+    print(f"bare loop  {1 / found.bare:.2f} steps/s")
+    print(f"training   {1 / found.training:.2f} steps/s", end=", ")
+    print(f"{found.waited:.1%} of the time waiting for patches")
+    print(f"ratio      {found.training / found.bare:.3f} (target: at most 1.11)")
+    print(f"one thread makes {1 / found.patch:.0f} patches/s")
 
 
 if __name__ == "__main__":
