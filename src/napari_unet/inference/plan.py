@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from napari_unet.network.config import UNetConfig
 
     Box = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    Spans = list[tuple[int, int]]
 
 __all__ = ["MIN_TILE", "TilePlan"]
 
 MIN_TILE = 64  # pixels; smaller tiles are all halo
+NEARLY_FULL = 0.75  # of the sides of a tile
 
 
 class TilePlan:
@@ -77,6 +79,7 @@ class TilePlan:
             tile_shape = choose_tile_shape(shape, self._field, max_input_pixels)
         alignment, longest = self._field.alignment, longest_side or max(tile_shape)
         sides = tuple(round_up(min(n, longest), alignment) for n in tile_shape)
+        self._sides: tuple[int, ...] | None = sides
         self.tiles = tile_grid(region, sides, alignment)
         self.overlap = (0,) * len(sides)
         if is_blended and len(self.tiles) > 1:
@@ -98,15 +101,36 @@ class TilePlan:
 
     def input_box(self, tile: Tile) -> Box:
         """Return what must be read for a tile; see `tiling.input_box`."""
-        kept = self.with_overlap(tile)
+        full = self._full(tile)
         if self._fixed is not None:
-            return centred_input_box(kept, self._fixed)
-        return input_box(kept, self._field, symmetric=self._is_turned)
+            return centred_input_box(full, self._fixed)
+        return input_box(full, self._field, symmetric=self._is_turned)
 
-    def output_box(self, tile: Tile) -> list[tuple[int, int]]:
-        """Return where what is kept of a tile lies in the network's output."""
-        offset, shape = self.input_box(tile)[2], self.with_overlap(tile).shape
-        return [(o, o + n) for o, n in zip(offset, shape, strict=True)]
+    def output_box(self, tile: Tile) -> Spans:
+        """Return what is computed for a tile, in the network's output."""
+        return _spans(self.input_box(tile)[2], self._full(tile).shape)
+
+    def kept_box(self, tile: Tile) -> Spans:
+        """Return where what is kept of a tile lies in its `output_box`."""
+        full, kept = self._full(tile), self.with_overlap(tile)
+        offset = [a - b for a, b in zip(kept.start, full.start, strict=True)]
+        return _spans(offset, kept.shape)
+
+    def _full(self, tile: Tile) -> Tile:
+        """Return what is computed for a tile: for nearly full ones all of a full one.
+
+        What runs the network is made for each shape, and has memory for each.
+        """
+        kept = self.with_overlap(tile)
+        if self._fixed or self.is_blended or not self._sides or len(self.tiles) == 1:
+            return kept
+        alignment, start, stop = self._field.alignment, [], []
+        for a, b, side in zip(kept.start, kept.stop, self._sides, strict=True):
+            first = a // alignment * alignment
+            is_nearly_full = b - first > NEARLY_FULL * side
+            start.append(first if is_nearly_full else a)
+            stop.append(first + side if is_nearly_full else b)
+        return Tile(tuple(start), tuple(stop))
 
     def halve(self, tile: Tile, waiting: Sequence[Tile]) -> tuple[list[Tile], int]:
         """Cut what is as long as a tile for which memory ran out.
@@ -123,6 +147,11 @@ class TilePlan:
         if not can_shrink or not tile.halved(alignment):
             return [], longest
         # Other units are cut in the same way.
+        self._sides = None
         self.tiles = halve_longest(self.tiles, longest, alignment)
         rest = halve_longest([tile, *waiting], longest, alignment)
         return rest, round_up(longest // 2, alignment)
+
+
+def _spans(start: Sequence[int], shape: Sequence[int]) -> Spans:
+    return [(a, a + n) for a, n in zip(start, shape, strict=True)]

@@ -161,12 +161,14 @@ class TileRun:
 
     def _predict(self, image: Future[Tensor], tile: Tile) -> NDArray:
         """Predict one tile with its overlap."""
-        return self._machine.backend.run(
+        values = self._machine.backend.run(
             image.result(),
             self._plan.output_box(tile),
             augment=self._augment,
             reduce=self._reduce,
         )
+        kept = (slice(*span) for span in self._plan.kept_box(tile))
+        return values[(slice(None), *kept)]
 
     def _make_room(self, tile: Tile) -> str:
         """After memory ran out: halve what is left, or leave the GPU."""
