@@ -1,8 +1,9 @@
 """Print the peak memory of one tile, and what is expected (bytes for a pixel).
 
-python child_memory.py openvino|torch auto|float32 side base_channels [limit]
+python child_memory.py openvino|torch auto|float32 side base_channels [limit [shapes]]
 
 With a limit in GB, the tile is as large as that allows, and the limit is expected.
+Of several shapes, each a little smaller, one comes after the other.
 """
 
 import math
@@ -27,7 +28,12 @@ def forget_peak() -> None:
 
 
 def main(
-    through: str, precision: str, side: str, base_channels: str, limit: str = ""
+    through: str,
+    precision: str,
+    side: str,
+    base_channels: str,
+    limit: str = "",
+    shapes: str = "1",
 ) -> None:
     if through == "torch":
         executors.can_execute = lambda config: False
@@ -43,7 +49,8 @@ def main(
         backend.run(torch.zeros(1, 1, 64, 64))
     forget_peak()
     before = peak()
-    backend.run(torch.ones(1, 1, *sides))
+    for index in range(int(shapes)):
+        backend.run(torch.ones(1, 1, sides[0] - 16 * index, sides[1]))
     measured = (peak() - before) / math.prod(sides)
     sys.stdout.write(f"{measured} {expected}\n")
 

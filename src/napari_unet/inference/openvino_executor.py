@@ -146,6 +146,8 @@ class OpenVinoExecutor:
 
     def _request(self, shape: tuple[int, ...], cropping: Cropping | None) -> Any:
         key = shape, cropping
+        if self._requests and key != next(reversed(self._requests)):
+            self.release()  # each shape has memory of its own
         if key not in self._requests:
             while len(self._requests) >= _KEPT:
                 self._requests.popitem(last=False)
