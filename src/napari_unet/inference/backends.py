@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "float32"]
 
-# Pixels. Larger tiles are hardly faster on a CPU, but report progress less often; on
-# a GPU transfers, which go on beside the tiles before and after, would become longer.
-LARGEST_CPU_TILE = 1600**2
+# Pixels. Larger tiles have less halo, but report progress less often on a CPU, the
+# more so the wider the network is; on a GPU transfers beside them become longer.
+LARGEST_CPU_TILE = 2240**2  # of a network of up to 32 channels
 LARGEST_GPU_TILE = 3072**2
 
 _idle = Idle()
@@ -290,7 +290,8 @@ class Backend:
         if self.device.type == "cuda":
             usable, largest = 0.6 * _free_of_gpu(self.device), LARGEST_GPU_TILE
         else:
-            usable, largest = psutil.virtual_memory().available / 3, LARGEST_CPU_TILE
+            usable = psutil.virtual_memory().available / 3
+            largest = LARGEST_CPU_TILE * 32 // max(32, self.config.base_channels)
         if self._memory_limit is not None:
             usable = min(usable, self._memory_limit * 1e9 - self._fixed_bytes)
         return max(1, min(int(usable / self.bytes_per_pixel), largest))
