@@ -67,13 +67,16 @@ segment, use = button("Segment", "Segment"), button("Models", "Use")
 work = docks["Models"]._work
 end = time.monotonic() + 1
 wait_until(lambda: time.monotonic() > end)  # threads begin to import
-said = [segment.isEnabled(), segment.toolTip()]
+panel = docks["Segment"]._objects
+shown = [panel.values(), docks["Fine-tune"]._name.text()]
+said = [segment.isEnabled(), segment.toolTip(), panel.isEnabled()]
 use.click()
 said += [work.status.text(), "torch" in sys.modules, "dask.array" in sys.modules]
 is_open.set()
 wait_until(segment.isEnabled)
 wait_until(lambda: not work.busy)
-said.append(work.status.text())
+said += [work.status.text(), panel.isEnabled()]
+said.append(shown == [panel.values(), docks["Fine-tune"]._name.text()])
 segment.click()
 wait_until(lambda: "cells objects" in viewer.layers)
 said.append(int(viewer.layers["cells objects"].data.max()))
@@ -99,9 +102,12 @@ def test_a_thread_imports_torch_and_early_clicks_are_honoured():
     assert json.loads(line) == [
         False,
         "The model is being loaded.",
+        False,
         "Loading 'nuclei' …",
         False,
         False,
         "'nuclei' is used now, also in the other docks.",
+        True,
+        True,  # nothing that was shown has changed
         1,
     ]

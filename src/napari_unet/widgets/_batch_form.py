@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from superqt import QCollapsible
 
     from napari_unet.batch.job import SegmentSettings
-    from napari_unet.models.model import Model
+    from napari_unet.models.model import Model, Passport
 
 FORMATS = {"tif": "TIFF", "ome.tif": "OME-TIFF", "ome.zarr": "OME-Zarr"}
 
@@ -73,7 +73,9 @@ class BatchForm(QWidget):
         session.events.model.connect(self._on_model)
         session.events.objects.connect(self._on_objects)
         if session.model is not None:
-            self._show_objects(session.model)
+            self._show_objects(session.model.passport)
+        elif (passport := self.chooser.passport) is not None:
+            self._show_objects(passport)
         self._built = True
 
     # --- building -------------------------------------------------------------------
@@ -205,7 +207,7 @@ class BatchForm(QWidget):
             self._awaited = ""
         elif not self._awaited:
             self._told = None  # another model was chosen, or this one anew
-        self._show_objects(model)
+        self._show_objects(model.passport)
         self._on_change()
 
     @while_alive
@@ -213,17 +215,21 @@ class BatchForm(QWidget):
         """Segment makes objects in another way: so does the next batch."""
         if self._session.model is not None and self.isEnabled():
             self._told = None
-            self._show_objects(self._session.model)
+            self._show_objects(self._session.model.passport)
             self._on_change()
 
-    def _show_objects(self, model: Model) -> None:
-        name = self.chooser.loaded
+    def _show_objects(self, passport: Passport) -> None:
+        name = self.chooser.loaded or self.chooser.chosen
         mine = _session.recall("Segment").get("objects", {}).get(name, {})
         mine = self._session.objects.get(name, mine)
         if self._told is not None:
             told = self._told.settings.model_dump()
             mine = {key: value for key, value in told.items() if value is not None}
-        self.objects.set_values(ObjectSettings.recommended(model.passport), mine)
+        self.objects.set_values(
+            ObjectSettings.recommended(passport),
+            mine,
+            is_loaded=self._session.model is not None,
+        )
 
     # --- values -----------------------------------------------------------------------
 
@@ -283,7 +289,7 @@ class BatchForm(QWidget):
         self._awaited = "" if is_loaded else job.model
         self.chooser.choose(job.model, 2)
         if is_loaded and self._session.model is not None:
-            self._show_objects(self._session.model)
+            self._show_objects(self._session.model.passport)
         self._on_change()
 
     def show_fields(self, job: BatchJob) -> None:

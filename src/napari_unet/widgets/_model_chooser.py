@@ -15,6 +15,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
+from napari_unet.models.family import read_entry
 from napari_unet.models.library import list_models, load_model
 from napari_unet.network.config import UNetConfig
 from napari_unet.steps import Progress
@@ -25,7 +26,7 @@ from napari_unet.widgets._worker import start_worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from napari_unet.models.model import Model
+    from napari_unet.models.model import Model, Passport
     from napari_unet.widgets._session import Session
 
 
@@ -122,6 +123,13 @@ class ModelChooser(QWidget):
     def chosen(self) -> str:
         """Name or path of the chosen model, "" if there is none at all."""
         return str(self._list.currentData() or "")
+
+    @property
+    def passport(self) -> Passport | None:
+        """What the library says of the chosen model, which need not be loaded."""
+        path = list_models().get(self.chosen)
+        header = None if path is None else read_entry(self.chosen, path).header
+        return None if header is None else header.passport
 
     @property
     def new_ndim(self) -> int:

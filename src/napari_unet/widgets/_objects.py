@@ -64,6 +64,7 @@ class ObjectsPanel(QWidget):
         column.addWidget(self.count)
         self._sliders = (self._threshold, self._smallest, self._split)
         self._sizes: dict[str, float] = {}
+        self.setEnabled(False)
         for signal in (
             self._threshold.valueChanged,
             self._smallest.valueChanged,
@@ -80,8 +81,13 @@ class ObjectsPanel(QWidget):
             "split_touching": self._split.isChecked(),
         }
 
-    def set_values(self, settings: ObjectSettings, mine: dict[str, Any]) -> None:
-        """Show what a model recommends, or what the user last chose for it."""
+    def set_values(
+        self, settings: ObjectSettings, mine: dict[str, Any], *, is_loaded: bool = True
+    ) -> None:
+        """Show what a model recommends, or what the user last chose for it.
+
+        They can be changed once the model is loaded.
+        """
         try:
             threshold = float(mine.get("threshold", settings.threshold))
             smallest = int(mine.get("minimal_size", settings.minimal_size))
@@ -99,6 +105,7 @@ class ObjectsPanel(QWidget):
                 bool(mine.get("split_touching", settings.split_touching))
             )
         self._describe_smallest()
+        self.setEnabled(is_loaded)
 
     def set_pixel_size(self, sizes: dict[str, float], ndim: int) -> None:
         """Say also in µm² or µm³ how small the smallest object is."""

@@ -164,6 +164,8 @@ class FineTuneWidget(Dock):
         if self._name.isModified():
             return
         model, source = self._session.model, self._session.source
+        if model is None:
+            source = self._chooser.chosen  # which is being loaded
         base = Path(source).stem or (model.passport.name if model is not None else "")
         self._name.setText(free_name("new" if self._chooser.new_ndim else base))
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from napari_unet.inference.instances import ObjectTable
     from napari_unet.inference.part import LabelledPart
     from napari_unet.inference.store import ProbabilityStore
-    from napari_unet.models.model import Model
+    from napari_unet.models.model import Model, Passport
     from napari_unet.steps import Progress
 
     Result = tuple[ProbabilityStore, NDArray, ObjectTable]
@@ -127,6 +127,8 @@ class SegmentWidget(Dock):
         self.reset_choices()
         if session.model is not None:
             self._on_model(session.model)
+        elif (passport := self._chooser.passport) is not None:
+            self._show_objects(passport)
         self._chooser.begin()
 
     # --- building ---------------------------------------------------------
@@ -191,9 +193,16 @@ class SegmentWidget(Dock):
     @while_alive
     def _on_model(self, model: Model) -> None:
         load_engine(self, "inference.store")
-        mine = _session.recall(NAME).get("objects", {}).get(self._chooser.chosen, {})
-        self._objects.set_values(ObjectSettings.recommended(model.passport), mine)
+        self._show_objects(model.passport)
         self._refresh()
+
+    def _show_objects(self, passport: Passport) -> None:
+        mine = _session.recall(NAME).get("objects", {}).get(self._chooser.chosen, {})
+        self._objects.set_values(
+            ObjectSettings.recommended(passport),
+            mine,
+            is_loaded=self._session.model is not None,
+        )
 
     def _problem(self) -> str:
         """Say why Segment cannot be clicked now, "" if it can."""
