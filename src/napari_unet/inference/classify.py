@@ -101,7 +101,7 @@ def encode(probabilities: NDArray, kinds: Sequence[str], threshold: float) -> ND
         Twice the index of the class that the pixel belongs to, or would belong to;
         and 1 more where that is an object.
     """
-    values = torch.from_numpy(np.require(probabilities, requirements="W"))
+    values = torch.from_numpy(np.require(probabilities, requirements=["C", "W"]))
     codes: NDArray = _encode(values, kinds, threshold).numpy()
     return codes
 
