@@ -7,9 +7,11 @@ what else the machine does befalls both; the least of many rounds is what it tak
 
 - `import napari_unet` and `napari-unet --help`, against a Python that does nothing;
 - napari's start with the plugin, against the same napari that does not find it;
+- each dock, opened first in a fresh napari: until it is there, and the longest pause
+  of the event loop after that, while threads import torch and load a model;
 - a click on Segment in a real viewer, until objects are drawn, against the network
   alone on as many pixels: no halo, nothing read, found or shown. The dock is opened
-  first, in a fresh process: what it imports and the model that it loads count apart.
+  first, in a fresh process: torch and the model that it loads count apart.
 
 Seconds of the processor are given, too: what others do at the same time adds less to
 them, and more than one core can spend them at once.
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 PYTHON = [sys.executable, "-W", "ignore"]
 PATIENCE = 300  # seconds that anything may take
+DOCKS = ("Segment", "Fine-tune", "Batch", "Models")
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """Seconds in which the window stood still for a dock."""
+
+    dock: Spent  # to open it; of the processor what the main thread spent
+    pause: float  # the longest one after that, while threads load what it needs
+
+
+@dataclass(frozen=True)
 class Click:
     """Seconds from opening the dock to objects on the screen."""
 
-    dock: float  # to open it: imports torch
-    model: float  # then, until Segment can be clicked
+    dock: float  # to open it
+    model: float  # then, until Segment can be clicked: torch, and the model
     pixels: Spent  # from the click until objects are drawn
     longest_pause: float  # of the event loop after the click
     network: Spent  # alone, on as many pixels
@@ -168,14 +179,34 @@ def wait_until(holds: Callable[[], bool]) -> float:
     from qtpy.QtWidgets import QApplication
 
     longest, end = 0.0, time.monotonic() + PATIENCE
+    before = time.perf_counter()
     while not holds():
         if time.monotonic() > end:
             raise TimeoutError("Nothing came.")
-        before = time.perf_counter()
         QApplication.processEvents()
-        longest = max(longest, time.perf_counter() - before)
         time.sleep(0.002)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
     return longest
+
+
+def open_dock(viewer: Viewer, name: str) -> Opened:
+    """Open one of the plugin's docks, and wait until threads have loaded all."""
+    from qtpy.QtCore import QThreadPool
+
+    wait_until(after(1))  # napari has started
+    opening, before = time.perf_counter(), time.thread_time()
+    viewer.window.add_plugin_dock_widget("napari-unet", name)
+    opened = Spent(time.perf_counter() - opening, time.thread_time() - before)
+    pool, begun = QThreadPool.globalInstance(), after(1)
+    pause = wait_until(lambda: begun() and not pool.activeThreadCount())
+    return Opened(opened, pause)
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Return what holds after so many seconds."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
 
 
 def click(viewer: Viewer, side: int) -> Click:
@@ -248,7 +279,11 @@ def child(what: str, argument: str) -> None:
     import napari
 
     viewer = napari.Viewer()
-    result = click(viewer, int(argument))
+    result: Opened | Click
+    if what == "dock":
+        result = open_dock(viewer, argument)
+    else:
+        result = click(viewer, int(argument))
     viewer.close()
     print(json.dumps(asdict(result)))
 
@@ -264,6 +299,20 @@ def describe_machine() -> str:
         f"{name}, {psutil.cpu_count()} cores, {busy:.1f} processes wanted to run, "
         f"{platform.system()}, Python {platform.python_version()}"
     )
+
+
+def report_docks(rounds: int) -> None:
+    """Print how long the window stands still for each dock."""
+    print("docks, opened first, bound 0.3 s")
+    for name in DOCKS:
+        said = [in_child("dock", name) for _ in range(rounds)]
+        waited = min(one["dock"]["waited"] for one in said)
+        processor = min(one["dock"]["processor"] for one in said)
+        pause = min(one["pause"] for one in said)
+        print(
+            f"  {name}: {waited:.2f} s to open, {processor:.2f} of the processor; "
+            f"{pause:.2f} s the longest pause after that"
+        )
 
 
 def report_clicks(clicks: Sequence[Click], side: int) -> None:
@@ -312,6 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     with_us, without = napari_without("nothing"), napari_without("napari-unet")
     started = compare(with_us, without, told.starts)
     print(f"napari's start, bound 50 ms added\n  {started}")
+    report_docks(told.clicks)
     report_clicks([fresh_click(told.side) for _ in range(told.clicks)], told.side)
 
 

@@ -31,6 +31,18 @@ def test_a_click_finds_the_objects(
     assert viewer.layers["nuclei objects"].scale.tolist() == [0.325, 0.325]
 
 
+def test_a_dock_is_opened_and_loaded(load, make_napari_viewer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of napari's own start
+        viewer = make_napari_viewer()
+    opened = load("start").open_dock(viewer, "Models")
+    assert "Models (napari-unet)" in viewer.window.dock_widgets
+    assert opened.dock.waited > 0
+    assert opened.dock.processor > 0
+    assert opened.pause > 0
+
+
 def test_napari_starts_without_what_is_hidden(load):
     plugins = load("start").in_child("napari", "napari-unet")["plugins"]
     assert "napari" in plugins
