@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from napari_unet.inference.runs import bands
+from napari_unet.inference.spread import spread_steps
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
@@ -58,53 +59,51 @@ def grow_steps(labels: NDArray, pixels: int) -> Generator[None, None, NDArray]:
         )
     # Of several as near, the one that the distance transform would find.
     offsets.sort(key=lambda offset: (_square(offset), offset[::-1]))
-    grown = labels.copy()
-    for band in bands(labels.shape):
-        yield
-        low = max(band.start - pixels, 0)
-        around = labels[low : band.stop + pixels]
-        inner = slice(band.start - low, band.stop - low)
-        _grow_band(around, inner, pixels, offsets, grown[band])
+    grown = np.empty_like(labels)
+
+    def grow(band: slice) -> None:
+        low, high = band.start - pixels, band.stop + pixels
+        around = labels[max(low, 0) : high]
+        beyond = max(-low, 0), max(high - len(labels), 0)
+        padded = np.pad(around, [beyond, *[(pixels, pixels)] * (labels.ndim - 1)])
+        grown[band] = _grow(padded, pixels, offsets)
+
+    yield from spread_steps(grow, bands(labels.shape))
     return grown
 
 
-def _grow_band(
-    around: NDArray,
-    inner: slice,
-    pixels: int,
-    offsets: list[tuple[int, ...]],
-    grown: NDArray,
-) -> None:
-    """Look for the nearest object of what is not far from any."""
-    padded = np.pad(around, pixels)
+def _grow(padded: NDArray, pixels: int, offsets: list[tuple[int, ...]]) -> NDArray:
+    """Look for the nearest object of what is not far from any, but for the padding."""
+    inner = (slice(pixels, -pixels),) * padded.ndim
     is_object = padded != 0
-    near = is_object
-    for axis in range(padded.ndim):
-        wide = near.copy()
-        for step in range(1, pixels + 1):
-            ahead = [slice(None)] * axis + [slice(step, None)]
-            back = [slice(None)] * axis + [slice(-step)]
-            wide[tuple(ahead)] |= near[tuple(back)]
-            wide[tuple(back)] |= near[tuple(ahead)]
-        near = wide
-    near &= ~is_object
-    rest = np.flatnonzero(_unpadded(near, pixels)[inner])
-    index = list(np.unravel_index(rest, grown.shape))
-    index[0] = index[0] + inner.start
-    place = np.ravel_multi_index([i + pixels for i in index], padded.shape)
+    is_near = np.zeros_like(is_object)
+    is_near[inner] = _dilate(is_object, pixels)[inner] & ~is_object[inner]
+    place = np.flatnonzero(is_near)
     strides = [step // padded.itemsize for step in padded.strides]
-    flat = padded.ravel()
-    target = grown.reshape(-1)
-    for offset in offsets:
-        step = sum(i * stride for i, stride in zip(offset, strides, strict=True))
-        found = flat[place + step]
-        is_found = found != 0
-        target[rest[is_found]] = found[is_found]
-        rest, place = rest[~is_found], place[~is_found]
+    labels = padded.reshape(-1)
+    grown = labels.copy()
+    for _, ring in itertools.groupby(offsets, _square):
+        found = np.zeros(len(place), dtype=labels.dtype)
+        for offset in ring:
+            step = sum(i * stride for i, stride in zip(offset, strides, strict=True))
+            np.copyto(found, labels[place + step], where=found == 0)
+        grown[place] = found
+        place = place[found == 0]
+    result: NDArray = grown.reshape(padded.shape)[inner]
+    return result
 
 
-def _unpadded(values: NDArray, pixels: int) -> NDArray:
-    return values[tuple(slice(pixels, n - pixels) for n in values.shape)]
+def _dilate(mask: NDArray, pixels: int) -> NDArray:
+    """Set what lies in a box around anything that is set."""
+    for axis in range(mask.ndim):
+        wide = mask.copy()
+        for step in range(1, pixels + 1):
+            ahead = (*[slice(None)] * axis, slice(step, None))
+            back = (*[slice(None)] * axis, slice(-step))
+            wide[ahead] |= mask[back]
+            wide[back] |= mask[ahead]
+        mask = wide
+    return mask
 
 
 def _square(offset: tuple[int, ...]) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from napari_unet.inference.classify import code_type, encode
 from napari_unet.inference.grow import grow_steps
-from napari_unet.inference.runs import Runs, bands
+from napari_unet.inference.runs import BAND, Runs, bands
 from napari_unet.inference.split import split_touching_steps
+from napari_unet.inference.spread import FEWEST, count_cores, spread_steps
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -114,9 +117,10 @@ def find_objects_steps(
     """
     shape = probabilities.shape[1:]
     finder = ObjectFinder(shape, kinds, settings)
-    for band in bands(shape):
+    # torch encodes on all cores, and what is found in its codes is spread, too.
+    for rows in bands(shape, max(FEWEST, count_cores()) * BAND):
         yield
-        finder.add(band, encode(probabilities[:, band], kinds, settings.threshold))
+        finder.take(rows, probabilities[:, rows])
     return (yield from finder.find_steps())
 
 
@@ -142,26 +146,36 @@ class ObjectFinder:
         if settings.split_touching or settings.grow:
             self._codes = np.empty(shape, dtype=code_type(kinds))
 
-    def add(self, band: slice, codes: NDArray) -> None:
-        """Take the next rows, or planes.
+    def add(self, rows: slice, codes: NDArray) -> None:
+        """Take some rows, or planes.
 
         Parameters
         ----------
-        band : slice
-            Along the first axis, after those before.
+        rows : slice
+            Along the first axis.
         codes : array of shape spatial
-            From `encode`. It is changed.
+            From `encode`.
         """
-        if self._codes is not None:
-            self._codes[band] = codes
-        codes *= _is_decided(codes, self._kinds)
-        self._found.append(Runs.gather(self._shape, [(band, codes)]))
+
+        def look_up(band: slice) -> Runs:
+            part = codes[band]
+            place = slice(rows.start + band.start, rows.start + band.stop)
+            if self._codes is not None:
+                self._codes[place] = part
+            decided = part * _is_decided(part, self._kinds)
+            return Runs.find_in(self._shape, place, decided)
+
+        self._found += run_to_end(spread_steps(look_up, bands(codes.shape)))
+
+    def take(self, rows: slice, probabilities: NDArray) -> None:
+        """Do what `add` does, of probabilities: see `find_objects_steps`."""
+        self.add(rows, encode(probabilities, self._kinds, self._settings.threshold))
 
     def find_steps(self) -> Generator[None, None, Objects]:
         """Make objects of what was added; see `find_objects_steps`."""
-        runs = Runs.merge(self._found)
+        runs = Runs.merge(self._shape, self._found)
         first = len(self._kinds) + 1 if "region" in self._kinds else 1
-        whole = [runs.where(np.zeros(len(runs), dtype=bool))]
+        whole = []
         classes: list[int] = []
         for index, kind in enumerate(self._kinds, start=1):
             if kind == "region":
@@ -174,7 +188,8 @@ class ObjectFinder:
                 number[is_kept] += first - 1 + len(classes)
                 whole.append(pieces.valued(number[pieces.value]))
                 classes += [index] * int(np.count_nonzero(is_kept))
-        return Objects(Runs.merge(whole), np.array(classes, dtype=np.intp), first)
+        labelled = Runs.merge(self._shape, whole)
+        return Objects(labelled, np.array(classes, dtype=np.intp), first)
 
     def _number_steps(
         self, runs: Runs, index: int
@@ -201,7 +216,7 @@ def _is_decided(codes: NDArray, kinds: Sequence[str]) -> NDArray:
 def _shape_steps(
     runs: Runs, codes: NDArray, index: int, settings: ObjectSettings
 ) -> Generator[None, None, tuple[Runs, NDArray[np.int64]]]:
-    """Split and grow the objects of a class.
+    """Split and grow the objects of a class, from the runs above the threshold.
 
     Returns
     -------
@@ -217,21 +232,33 @@ def _shape_steps(
     labels = pieces.array()
     if settings.grow:
         labels = yield from grow_steps(labels, settings.grow)
-    met_certain = False
-    for band in (places := bands(codes.shape)):
-        yield
-        certain = (codes[band] >> 1) != index
-        if labels[band][certain].any():
-            # Neither filled as a hole nor grown into: nor across, which leaves crumbs.
-            labels[band][certain] = 0
-            met_certain = True
-    pieces = Runs.find(labels)
-    if met_certain:
+    trim = partial(_trim, labels, codes, index)
+    found = yield from spread_steps(trim, bands(codes.shape))
+    pieces = Runs.merge(codes.shape, [part for part, _ in found])
+    if any(is_cut for _, is_cut in found):
         pieces = pieces.valued(pieces.join()[0] + 1)
-        labels = pieces.array()
-    above = ((band, labels[band] * (codes[band] == 2 * index + 1)) for band in places)
-    core = Runs.gather(codes.shape, above)
-    return pieces, first_of_runs(core, int(pieces.value.max(initial=0)) + 1)
+    count = int(pieces.value.max(initial=0)) + 1
+    return pieces, first_of_runs(pieces.met(runs), count)
+
+
+def _trim(
+    labels: NDArray, codes: NDArray, index: int, band: slice
+) -> tuple[Runs, bool]:
+    """Take from the objects of a class what is none of it for certain.
+
+    Returns
+    -------
+    runs : Runs
+        What is left in a band.
+    is_cut : bool
+        Whether it was filled as a hole or grown into: nor across, which leaves crumbs.
+    """
+    part = labels[band]
+    lost = (codes[band] >> 1 != index) & (part != 0)
+    is_cut = bool(lost.any())
+    if is_cut:
+        part[lost] = 0
+    return Runs.find_in(labels.shape, band, part), is_cut
 
 
 def first_pixels(labels: NDArray, count: int) -> NDArray[np.int64]:

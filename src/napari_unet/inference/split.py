@@ -12,6 +12,7 @@ from skimage.morphology import local_maxima
 from skimage.segmentation import watershed
 
 from napari_unet.inference.runs import Runs
+from napari_unet.inference.spread import spread_steps
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -74,21 +75,24 @@ def split_touching_steps(runs: Runs) -> Generator[None, None, Runs]:
     ends = np.cumsum(
         np.bincount(group_of[component], minlength=int(group_of.max(initial=-1)) + 1)
     )
-    found, count = [], 0
-    for group, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
-        yield
+    parts = [slice(*ends) for ends in pairwise([0, *ends.tolist()])]
+
+    def split(group: int) -> Runs:
         of_group = group_of == group
         corner = np.maximum(low[of_group].min(axis=0) - CONTEXT, 0).tolist()
         far = (high[of_group].max(axis=0) + CONTEXT).tolist()
         crop = filled[tuple(slice(a, b) for a, b in zip(corner, far, strict=True))]
-        own = runs.where(order[start:end]).moved(crop.shape, [-a for a in corner])
+        own = runs.where(order[parts[group]]).moved(crop.shape, [-a for a in corner])
         mine = own.valued(np.ones(len(own), dtype=bool)).array().view(bool)
         hills = Runs.find(split_at_necks(crop) * mine)
         _, number = np.unique(hills.value, return_inverse=True)
-        pieces = hills.valued(number + count + 1)
-        found.append(pieces.moved(runs.shape, corner))
-        count += int(number.max(initial=-1)) + 1
-    return Runs.merge(found) if found else runs
+        return hills.valued(number + 1).moved(runs.shape, corner)
+
+    found, count = [], 0
+    for pieces in (yield from spread_steps(split, range(len(parts)))):
+        found.append(pieces.valued(pieces.value + count))
+        count += int(pieces.value.max(initial=0))
+    return Runs.merge(runs.shape, found)
 
 
 def _groups(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
