@@ -8,6 +8,7 @@ import pytest
 from whole_image import trained_model
 
 from napari_unet.inference import store as store_module
+from napari_unet.inference.engine import Predictor
 from napari_unet.inference.part import LabelledPart
 from napari_unet.inference.segment import segment
 from napari_unet.inference.settings import ObjectSettings
@@ -44,6 +45,49 @@ def test_same_objects_as_segment(model, stack, limit, monkeypatch):
     # 8-bit probabilities: equal but for pixels within half a step of the threshold.
     assert ((labels > 0) != (direct > 0)).mean() < 0.01
     assert len(table) == labels.max() > 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SETTINGS, ObjectSettings(0.52, 3, split_touching=True, grow=1)],
+    ids=["plain", "split and grown"],
+)
+def test_made_while_predicting_and_again_they_are_the_same(model, stack, settings):
+    options = {"tile_shape": (16, 16), "region": {"Z": slice(1, 3)}}
+    steps = segment_stored_steps(None, stack, model, settings, **options)
+    store, labels, table = run_to_end(steps)
+    _, again, table_again = run_to_end(store.label_steps(model, settings))
+    assert labels.max() > 10
+    np.testing.assert_array_equal(labels, again)
+    assert table.columns == table_again.columns
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "region", "limit", "places"),
+    [
+        ((3, 40, 50), "ZYX", None, store_module.MAX_BYTES, {(0,), (1,), (2,)}),
+        ((40, 50), "YX", None, store_module.MAX_BYTES, {()}),
+        ((3, 40, 50), "ZYX", {"Y": slice(0, 39)}, store_module.MAX_BYTES, set()),
+        ((3, 40, 50), "ZYX", None, 0, set()),
+        ((50, 40), "XY", None, store_module.MAX_BYTES, set()),
+    ],
+    ids=["stack", "plane", "part", "beyond memory", "other order"],
+)
+def test_whole_planes_are_looked_up_while_the_network_computes(
+    model, shape, axes, region, limit, places, monkeypatch
+):
+    monkeypatch.setattr(store_module, "MAX_BYTES", limit)
+    image = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    predictor = Predictor(image, model, axes=axes, region=region)
+    kept = store_module.ProbabilityStore((1, *shape), axes, predictor.source.loop)
+    finders = run_to_end(kept.fill_steps(predictor, SETTINGS))
+    predictor.close()
+    assert set(finders) == places
+    labels = run_to_end(kept.label_steps(model, SETTINGS, finders=finders))[1]
+    assert not finders
+    np.testing.assert_array_equal(
+        labels, run_to_end(kept.label_steps(model, SETTINGS))[1]
+    )
 
 
 def test_temporary_files_vanish(model, stack, monkeypatch, tmp_path):

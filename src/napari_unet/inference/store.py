@@ -16,7 +16,7 @@ import zarr
 from napari_unet.inference.classify import quantise
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import ObjectTable
-from napari_unet.inference.objects import find_objects_steps
+from napari_unet.inference.objects import ObjectFinder, find_objects_steps
 from napari_unet.inference.part import label_part
 from napari_unet.inference.segment import Numbering
 from napari_unet.steps import Progress, mapped_steps
@@ -79,19 +79,62 @@ class ProbabilityStore:
         """Planes or volumes that are covered."""
         return len(self._covered)
 
-    def fill_steps(self, predictor: Predictor) -> Generator[Progress, None, None]:
-        """Predict and keep what the predictor's region covers."""
+    def fill_steps(
+        self, predictor: Predictor, settings: ObjectSettings
+    ) -> Generator[Progress, None, dict[tuple[int, ...], ObjectFinder]]:
+        """Predict and keep what the predictor's region covers.
+
+        Parameters
+        ----------
+        predictor : Predictor
+            Of the image; it is left open.
+        settings : ObjectSettings
+            Of the objects that will be made.
+
+        Yields
+        ------
+        Progress
+
+        Returns
+        -------
+        dict
+            By the places of planes or volumes: what is above the threshold, looked up
+            while the network computed. Of those that the region covers as a whole,
+            where memory holds all of them.
+        """
         region, self.computed_by = predictor.region, predictor.computed_by
+        kinds = _kinds(predictor.model)
+        is_looked_up = isinstance(self.data, np.ndarray) and self._is_whole(predictor)
+        finders: dict[tuple[int, ...], ObjectFinder] = {}
         for index, unit in enumerate(predictor.units):
+            place = tuple(unit[axis] for axis in self._loop)
             where = {axis: unit.get(axis, region[axis]) for axis in self.axes}
-            keep = partial(self._keep, predictor, where)
+            if is_looked_up:
+                shape = self.data[(0, *self._index(place))].shape
+                finders[place] = ObjectFinder(shape, kinds, settings)
+            keep = partial(self._keep, predictor, where, finders.get(place))
             yield from predictor.strip_steps(index, keep, quantise)
-            self._covered.add(tuple(unit[axis] for axis in self._loop))
+            self._covered.add(place)
+        return finders
+
+    def _is_whole(self, predictor: Predictor) -> bool:
+        """Tell whether a prediction covers whole planes or volumes, axes in order."""
+        sides = dict(zip(self.axes, self.shape[1:], strict=True))
+        spatial = [axis for axis in self.axes if axis not in self._loop]
+        return spatial == list(predictor.source.spatial) and all(
+            predictor.region[axis] == slice(0, sides[axis]) for axis in spatial
+        )
+
+    def _index(self, place: tuple[int, ...]) -> tuple[int | slice, ...]:
+        """Index of a plane or volume in the image without channels."""
+        unit = dict(zip(self._loop, place, strict=True))
+        return tuple(unit.get(axis, slice(None)) for axis in self.axes)
 
     def _keep(
         self,
         predictor: Predictor,
         where: Mapping[str, int | slice],
+        finder: ObjectFinder | None,
         rows: slice,
         part: NDArray[np.uint8],
     ) -> None:
@@ -100,12 +143,15 @@ class ProbabilityStore:
         start = predictor.region[first].start
         place = {**where, first: slice(start + rows.start, start + rows.stop)}
         self.data[(slice(None), *place.values())] = predictor.to_output(part)
+        if finder is not None:
+            finder.take(rows, part)
 
     def label_steps(
         self,
         model: Model,
         settings: ObjectSettings,
         first: Mapping[str, slice] | None = None,
+        finders: dict[tuple[int, ...], ObjectFinder] | None = None,
     ) -> Generator[Progress, None, tuple[ProbabilityStore, NDArray, ObjectTable]]:
         """Make objects of everything that is covered.
 
@@ -118,6 +164,8 @@ class ProbabilityStore:
         first : mapping of str to slice, optional
             By axis letter, what somebody looks at: it comes as `LabelledPart`
             before all else, if it is much smaller than the whole.
+        finders : dict, optional
+            From `fill_steps` with the same settings. Each is taken out of it.
 
         Yields
         ------
@@ -133,7 +181,7 @@ class ProbabilityStore:
         table : ObjectTable
             One row for each object.
         """
-        kinds = [info.kind for info in model.passport.classes[1:]]
+        kinds = _kinds(model)
         if first is not None and (box := self._place(first)):
             part = label_part(self.data, box, self._loop, kinds, settings)
             if part is not None:
@@ -143,16 +191,18 @@ class ProbabilityStore:
         table = ObjectTable()
         for done, where in enumerate(sorted(self._covered)):
             step = Progress(done, len(self._covered), "making objects")
-            unit = dict(zip(self._loop, where, strict=True))
-            place = tuple(unit.get(axis, slice(None)) for axis in self.axes)
+            place = self._index(where)
             probabilities = np.asarray(self.data[(slice(None), *place)])
             finding = find_objects_steps(probabilities, kinds, settings)
+            if finders and where in finders:
+                finding = finders.pop(where).find_steps()
             objects = yield from _ticking(finding, step)
             number = numbering.next_label
             numbers = numbering.renumber(objects.runs.value, objects.classes)
             labels = _make_room(labels, self.shape[1:], numbering.next_label)
             objects.runs.valued(numbers).paint(labels[place])
             yield step
+            unit = dict(zip(self._loop, where, strict=True))
             table.add(objects.describe(probabilities), number, unit)
         if labels is None:
             labels = _make_room(labels, self.shape[1:], 0)
@@ -164,6 +214,11 @@ class ProbabilityStore:
         place = {axis: box.get(axis, slice(0, n)) for axis, n in sides}
         where = tuple(place[axis].start for axis in self._loop)
         return place if where in self._covered else {}
+
+
+def _kinds(model: Model) -> list[str]:
+    """Say of each class after the background whether it is objects or a region."""
+    return [info.kind for info in model.passport.classes[1:]]
 
 
 def _ticking(
@@ -219,7 +274,7 @@ def segment_stored_steps(
             classes = max(1, model.network.config.num_classes - 1)
             sides = [source.size(axis) for axis in source.output_axes]
             store = ProbabilityStore((classes, *sides), source.output_axes, source.loop)
-        yield from store.fill_steps(predictor)
-        return (yield from store.label_steps(model, settings))
+        finders = yield from store.fill_steps(predictor, settings)
+        return (yield from store.label_steps(model, settings, finders=finders))
     finally:
         predictor.close()
