@@ -3,6 +3,7 @@
 Usage::
 
     python benchmarks/objects.py [--side 8192] [--objects 20000] [--split] [--network]
+        [--no-peer]
 
 One plane of uint8 probabilities of two classes, background and ellipses that touch
 here and there. Measured are the seconds of labels and table, and the memory that is
@@ -10,14 +11,16 @@ added at most, each in a process of its own. The peer does the same with whole a
 one step after the other, and must give the same labels and sizes: connected components
 (cc3d), sizes by ``bincount``, a distance transform of the whole plane for growing,
 statistics by cc3d; with ``--split`` (minutes) also splitting of the whole plane at
-once. With ``--network``, the bundled model ``nuclei`` predicts 2048 x 2048 pixels, and
-its time is scaled up to the plane.
+once. Then each stage is timed by itself, on one core and on all (on Linux), the least
+of some rounds. With ``--network``, the bundled model ``nuclei`` predicts 2048 x 2048
+pixels, and its time is scaled up to the plane.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import tempfile
 import time
 import zlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +37,19 @@ import numpy as np
 from scipy import ndimage
 
 from napari_unet import load_model, predict
-from napari_unet.inference.objects import find_objects_steps
+from napari_unet.inference.objects import ObjectFinder, find_objects_steps
 from napari_unet.inference.settings import ObjectSettings
 from napari_unet.inference.split import components, largest_hole, split_at_necks
+from napari_unet.inference.spread import count_cores
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 NOWHERE = np.iinfo(np.int64).max
 GPU_SPEED = 275e6  # pixels a second: compiled raw forward of 31 M parameters, one H200
 PREDICTED = 2048
+ROUNDS = 5  # of stages; one of those that split
 
 
 def draw_probabilities(side: int, count: int, seed: int = 0) -> np.ndarray:
@@ -168,7 +174,7 @@ def measure(way: str, file: Path, settings: ObjectSettings) -> dict[str, Any]:
         "table": of_table,
         "bytes": peak_bytes() - before,
         "objects": len(table["size"]),
-        "digest": zlib.crc32(labels.astype(np.uint32).tobytes()),
+        "digest": digest(labels),
     }
 
 
@@ -189,17 +195,97 @@ def compare(
             yield settings, ours, peer
 
 
-def in_child(way: str, file: Path, settings: ObjectSettings) -> dict[str, Any]:
-    """Run `measure` in a process of its own."""
-    arguments = [way, str(file), json.dumps(asdict(settings))]
+def in_child(
+    way: str, file: Path, *wanted: ObjectSettings, core: int | None = None
+) -> dict[str, Any]:
+    """Run `measure`, or `time_stages`, in a process of its own, maybe on one core."""
+    arguments = [way, str(file), json.dumps([asdict(settings) for settings in wanted])]
     done = subprocess.run(
         [sys.executable, __file__, "--child", *arguments],
         check=True,
         capture_output=True,
         text=True,
+        # Before anything counts the cores that there are.
+        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
     )
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+# --- stage by stage ---------------------------------------------------------------
+
+
+def time_stages(file: Path, wanted: list[ObjectSettings]) -> dict[str, Any]:
+    """Time one stage after the other in this process.
+
+    Returns
+    -------
+    dict
+        By stage the least seconds and the least processor seconds; and digests of the
+        labels of each settings.
+    """
+    probability = np.load(file)
+    stages: dict[str, list[float]] = {}
+
+    def clock(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter(), time.process_time()
+        result = work()
+        spent = time.perf_counter() - start[0], time.process_time() - start[1]
+        stages[name] = list(map(min, stages.get(name, spent), spent))
+        return result
+
+    digests = {}
+    for settings in wanted:
+        name = describe(settings)
+        for _ in range(1 if settings.split_touching else ROUNDS):
+            finder = ObjectFinder(probability.shape, ["objects"], settings)
+            everything = slice(0, len(probability)), probability[None]
+            clock("above the threshold", partial(finder.take, *everything))
+            finding = finder.find_steps()
+            objects = clock(name, partial(run_to_end, finding))
+            labels = clock("paint", objects.runs.array)
+            clock("table", partial(objects.describe, probability[None]))
+        digests[name] = digest(labels)
+    return {"stages": stages, "digests": digests}
+
+
+def compare_cores(
+    side: int, count: int, wanted: list[ObjectSettings]
+) -> dict[str, dict[str, Any]]:
+    """Time the stages on one core, where one can be chosen, and on all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "probability.npy"
+        np.save(file, draw_probabilities(side, count))
+        found = {}
+        if hasattr(os, "sched_setaffinity"):
+            core = min(os.sched_getaffinity(0))
+            found["1 core"] = in_child("stages", file, *wanted, core=core)
+        found[f"{count_cores()} cores"] = in_child("stages", file, *wanted)
+    return found
+
+
+def print_stages(found: dict[str, dict[str, Any]]) -> None:
+    """Print seconds and processor seconds of each stage side by side."""
+    print("  stage: seconds / of the processor on " + ", ".join(found))
+    columns = [one["stages"] for one in found.values()]
+    for name in columns[0]:
+        cells = ["{:.3f} / {:.3f}".format(*stages[name]) for stages in columns]
+        print(f"    {name:34} " + "   ".join(cells))
+    same = all(
+        one["digests"] == found[next(iter(found))]["digests"] for one in found.values()
+    )
+    print("    labels " + ("equal" if same else "DIFFERENT"))
+
+
+def describe(settings: ObjectSettings) -> str:
+    """Name what is done."""
+    name = "connect, number" + ", split" * settings.split_touching
+    return name + f", grow by {settings.grow}" * bool(settings.grow)
+
+
+def digest(labels: np.ndarray) -> int:
+    """Return a number that other labels do not have."""
+    return zlib.crc32(labels.astype(np.uint32).tobytes())
 
 
 def network_seconds(pixels: int) -> float:
@@ -218,12 +304,16 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=20000)
     parser.add_argument("--split", action="store_true", help="split touching, too")
     parser.add_argument("--network", action="store_true", help="time the network")
+    parser.add_argument("--no-peer", action="store_true", help="only the stages")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        way, file, settings = options.child
-        result = measure(way, Path(file), ObjectSettings(**json.loads(settings)))
-        print(json.dumps(result))
+        way, file, given = options.child
+        wanted = [ObjectSettings(**settings) for settings in json.loads(given)]
+        if way == "stages":
+            print(json.dumps(time_stages(Path(file), wanted)))
+        else:
+            print(json.dumps(measure(way, Path(file), *wanted)))
         return
     wanted = [ObjectSettings(0.5, 20), ObjectSettings(0.5, 20, grow=1)]
     if options.split:
@@ -232,10 +322,13 @@ def main() -> None:
     print(
         f"{options.side} x {options.side} pixels; labels + table in seconds, MB added"
     )
-    for settings, ours, peer in compare(options.side, options.objects, wanted):
-        name = f"grow {settings.grow}" + ", split" * settings.split_touching
+    against = [] if options.no_peer else wanted
+    for settings, ours, peer in compare(options.side, options.objects, against):
         same = "equal" if ours["digest"] == peer["digest"] else "DIFFERENT"
-        print(f"  {name}: {ours['objects']} objects, labels {same}", flush=True)
+        print(
+            f"  {describe(settings)}: {ours['objects']} objects, labels {same}",
+            flush=True,
+        )
         seconds = []
         for way, one in (("ours", ours), ("peer", peer)):
             seconds.append(one["labels"] + one["table"])
@@ -244,6 +337,7 @@ def main() -> None:
                 f"{one['bytes'] / 1e6:.0f} MB"
             )
         print(f"    ratio {seconds[1] / seconds[0]:.1f}")
+    print_stages(compare_cores(options.side, options.objects, wanted))
     print(f"  31 M parameters on one H200, raw forward: {pixels / GPU_SPEED:.2f} s")
     if options.network:
         print(f"  nuclei on this machine: {network_seconds(pixels):.1f} s")

@@ -35,6 +35,22 @@ def test_both_ways_give_the_same_in_processes_of_their_own(benchmark):
     assert min(ours["labels"], ours["table"], peer["labels"], peer["table"]) > 0
 
 
+def test_stages_make_the_same_on_one_core_and_on_all(benchmark):
+    wanted = [ObjectSettings(0.5, 20), ObjectSettings(0.5, 20, True, 1)]
+    found = benchmark.compare_cores(300, 25, wanted)
+    probability = benchmark.draw_probabilities(300, 25)
+    digests = [benchmark.digest(benchmark.find(probability, one)[0]) for one in wanted]
+    for one in found.values():
+        assert list(one["digests"].values()) == digests
+        assert list(one["stages"]) == [
+            "above the threshold",
+            "connect, number",
+            "paint",
+            "table",
+            "connect, number, split, grow by 1",
+        ]
+
+
 SHAPES = st.one_of(
     st.tuples(*[st.integers(1, 60)] * 2), st.tuples(*[st.integers(1, 16)] * 3)
 )
