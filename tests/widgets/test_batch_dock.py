@@ -286,6 +286,7 @@ def test_jobs_are_saved_and_loaded(on, tmp_path, new_viewer, qtbot):
     form._pixel_size.value = "0.25, 0.5"
     form._channels.value = "1"
     form._tile.value = 64
+    form._memory_limit.value = 1.5
     form._measure.setChecked(True)
     form._format.setCurrentIndex(1)
     on.wait_for_look()
@@ -294,6 +295,7 @@ def test_jobs_are_saved_and_loaded(on, tmp_path, new_viewer, qtbot):
     assert saved.settings.threshold == 0.7
     assert saved.settings.minimal_size is None  # as the model recommends
     assert saved.settings.channels == (0,)
+    assert saved.settings.memory_limit == 1.5
     assert saved.pixel_size == {"Y": 0.25, "X": 0.5}
     assert saved.model_sha256
     keep_model("dim", threshold=0.2)

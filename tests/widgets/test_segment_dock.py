@@ -9,6 +9,7 @@ import pytest
 from desk import intensity_model, slow_model, spots
 from napari.utils.notifications import notification_manager
 
+from napari_unet import Model, UNet
 from napari_unet.inference.backends import Backend
 from napari_unet.models.checkpoint import save_model
 from napari_unet.training.scores import score_images
@@ -169,6 +170,24 @@ def test_it_is_said_what_computed(desk):
     on.dock._device.value = "cpu"
     on.segment()
     assert "s (cpu, OpenVINO, " in on.status
+
+
+def test_memory_is_limited_on_request(desk, monkeypatch):
+    run, tiles = Backend.run, []
+
+    def spy(self, image, keep, **options):
+        tiles.append(image.shape)
+        return run(self, image, keep, **options)
+
+    monkeypatch.setattr(Backend, "run", spy)
+    on = desk(Model(UNet(1, 2, base_channels=8, depth=2)))
+    on.viewer.add_image(spots(1200, 1200))
+    on.segment()
+    assert len(tiles) == 1
+    on.dock._memory_limit.value = 0.1
+    on.segment()
+    assert len(tiles) > 2
+    assert desk().dock._memory_limit.value == 0.1  # it is remembered
 
 
 def test_sliders_change_labels_without_the_network(desk, monkeypatch):

@@ -26,6 +26,7 @@ from napari_unet.widgets._objects import ObjectsPanel
 from napari_unet.widgets._running import (
     choose_averaging,
     choose_device,
+    choose_memory_limit,
     choose_tile,
 )
 
@@ -168,6 +169,7 @@ class BatchForm(QWidget):
         self._channels.native.setPlaceholderText("all")
         self._device = choose_device()
         self._tile = choose_tile()
+        self._memory_limit = choose_memory_limit()
         self._augment = choose_averaging()
         self._float32 = CheckBox(
             text="Exact on the GPU, too",
@@ -175,7 +177,8 @@ class BatchForm(QWidget):
         )
         fields: list[Any] = [
             *(self._axes, self._pixel_size, self._channels),
-            *(self._device, self._tile, self._augment, self._float32),
+            *(self._device, self._tile, self._memory_limit),
+            *(self._augment, self._float32),
         ]
         for field in fields:
             field.changed.connect(lambda _: self._on_change())
@@ -265,6 +268,7 @@ class BatchForm(QWidget):
                     "test_time_augmentation": self._augment.value,
                     "device": self._device.value,
                     "tile": self._tile.value or None,
+                    "memory_limit": self._memory_limit.value or None,
                 },
                 "format": self._format.currentData(),
                 "probabilities": self._probabilities.isChecked(),
@@ -310,6 +314,7 @@ class BatchForm(QWidget):
         self._channels.value = ", ".join(str(c + 1) for c in settings.channels or ())
         self._device.value = settings.device if settings.device in DEVICES else "auto"
         self._tile.value = settings.tile or 0
+        self._memory_limit.value = settings.memory_limit or 0
         self._augment.value = settings.test_time_augmentation
         self._float32.value = settings.precision == "float32"
         self._built = True

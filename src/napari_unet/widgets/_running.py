@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from magicgui.widgets import CheckBox, ComboBox, SpinBox
+from magicgui.widgets import CheckBox, ComboBox, FloatSpinBox, SpinBox
 
 from napari_unet.inference.settings import DEVICES
+
+AUTOMATIC = "automatic"  # stands for 0
 
 
 def choose_device() -> ComboBox:
@@ -18,13 +20,30 @@ def choose_device() -> ComboBox:
 
 def choose_tile() -> SpinBox:
     """Let the user choose the side of the tiles; 0 at first."""
-    return SpinBox(
+    tile = SpinBox(
         max=8192,
         step=64,
         label="Tile size",
         tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
         "not depend on it, unless a note says that the tiles are blended.",
     )
+    tile.native.setSpecialValueText(AUTOMATIC)
+    return tile
+
+
+def choose_memory_limit() -> FloatSpinBox:
+    """Let the user limit the network's memory; 0 at first."""
+    limit = FloatSpinBox(
+        max=1024,
+        step=0.1,
+        label="Memory limit",
+        tooltip="What the network may take, of the GPU's memory if it computes there; "
+        "0 takes a part of what is free. Less means smaller tiles, not other results.",
+    )
+    limit.native.setDecimals(1)
+    limit.native.setSuffix(" GB")
+    limit.native.setSpecialValueText(AUTOMATIC)
+    return limit
 
 
 def choose_averaging() -> CheckBox:

@@ -29,6 +29,7 @@ from napari_unet.widgets._part import PartOnShow
 from napari_unet.widgets._running import (
     choose_averaging,
     choose_device,
+    choose_memory_limit,
     choose_tile,
 )
 from napari_unet.widgets._worker import start_worker
@@ -167,6 +168,10 @@ class SegmentWidget(Dock):
         if (device := remembered.get("device")) in DEVICES:
             self._device.value = device
         self._tile = choose_tile()
+        self._memory_limit = choose_memory_limit()
+        limit = remembered.get("memory_limit")
+        if isinstance(limit, float) and 0 <= limit <= self._memory_limit.max:
+            self._memory_limit.value = limit
         self._augment = choose_averaging()
         self._augment.value = bool(remembered.get("augment", False))
         self._show_probabilities = CheckBox(
@@ -179,7 +184,7 @@ class SegmentWidget(Dock):
         )
         return make_fold(
             [
-                *(self._device, self._tile, self._augment),
+                *(self._device, self._tile, self._memory_limit, self._augment),
                 *(self._show_probabilities, self._new_layer),
             ]
         )
@@ -262,6 +267,7 @@ class SegmentWidget(Dock):
             "region": self._region(layer, model),
             "device": self._device.value,
             "tile_shape": (tile,) * model.ndim if tile else None,
+            "memory_limit": self._memory_limit.value or None,
             "test_time_augmentation": self._augment.value,
             "pixel_size": _layers.pixel_size(layer, self._image.axes),
         }
@@ -458,6 +464,7 @@ class SegmentWidget(Dock):
                 "model": self._chooser.chosen,
                 "scope": self._chosen_scope,
                 "device": self._device.value,
+                "memory_limit": self._memory_limit.value,
                 "augment": self._augment.value,
                 "objects": objects,
             },
