@@ -6,8 +6,6 @@ from magicgui.widgets import CheckBox, ComboBox, FloatSpinBox, SpinBox
 
 from napari_unet.inference.settings import DEVICES
 
-AUTOMATIC = "automatic"  # stands for 0
-
 
 def choose_device() -> ComboBox:
     """Let the user choose where to compute; auto at first."""
@@ -20,15 +18,13 @@ def choose_device() -> ComboBox:
 
 def choose_tile() -> SpinBox:
     """Let the user choose the side of the tiles; 0 at first."""
-    tile = SpinBox(
+    return SpinBox(
         max=8192,
         step=64,
         label="Tile size",
         tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
         "not depend on it, unless a note says that the tiles are blended.",
     )
-    tile.native.setSpecialValueText(AUTOMATIC)
-    return tile
 
 
 def choose_memory_limit() -> FloatSpinBox:
@@ -42,7 +38,7 @@ def choose_memory_limit() -> FloatSpinBox:
     )
     limit.native.setDecimals(1)
     limit.native.setSuffix(" GB")
-    limit.native.setSpecialValueText(AUTOMATIC)
+    limit.native.setSpecialValueText("automatic")
     return limit
 
 
