@@ -198,6 +198,12 @@ def test_parts_make_up_the_whole(model):
         predictor.close()
 
 
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
+def test_no_memory_is_refused(limit, model, image):
+    with pytest.raises(BadInput, match=f"limit of {limit} GB leaves nothing"):
+        predict(image, model, memory_limit=limit)
+
+
 def test_nothing_runs_before_the_first_step(image):
     predict_steps(image, slow_model(1)).close()
     assert not engine_threads()

@@ -166,6 +166,8 @@ class Backend:
             raise BadInput(
                 f"There is no precision {precision!r}; choose 'auto' or 'float32'."
             )
+        if memory_limit is not None and not memory_limit > 0:
+            raise BadInput(f"A memory limit of {memory_limit} GB leaves nothing.")
         self.device = torch.device(device)
         self.config = network.config
         self.transfers = make_transfers(self.device)

@@ -30,7 +30,6 @@ from napari_unet.inference.plan import TilePlan
 from napari_unet.inference.source import Source, open_source
 from napari_unet.inference.tile_run import Machine, TileRun, heartbeats
 from napari_unet.network.config import ProgramConfig
-from napari_unet.network.receptive_field import receptive_field
 from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
@@ -109,7 +108,6 @@ class Predictor:
         self.region = self.source.full_region(region)
         self.units = list(self.source.units(self.region))
         config = model.network.config
-        self.field = receptive_field(config)
         if isinstance(config, ProgramConfig) and config.fixed_shape:
             config.check_turned(test_time_augmentation)
         self._augment = test_time_augmentation
@@ -127,6 +125,7 @@ class Predictor:
         self._grid = Grid.over(self.source.spatial_shape, factors)
         self._given_tile_shape = tile_shape
         self._machine, self._known = Machine(backend_on, backend), _Known()
+        self._max_input_pixels = backend.max_input_pixels
         try:
             self._set_tiles()
         except BaseException:
@@ -172,7 +171,7 @@ class Predictor:
             self._grid.region(self._wanted),
             self._grid.shape,
             tile_shape=shape,
-            max_input_pixels=self._machine.backend.max_input_pixels,
+            max_input_pixels=self._max_input_pixels,
             longest_side=self._machine.longest_side,
             is_turned=self._augment,
             is_blended=bool(self.model.inexact_reason),
