@@ -16,6 +16,7 @@ from napari_unet.inference import backends, engine, executors, tile_run
 from napari_unet.inference.backends import Backend, Device, choose_device
 from napari_unet.inference.transfers import Transfers
 from napari_unet.models.model import Model
+from napari_unet.models.normalize import Normalization
 from napari_unet.network.unet import UNet
 from napari_unet.steps import Progress, run_to_end
 
@@ -155,6 +156,30 @@ def test_several_tiles_at_a_time_change_nothing(monkeypatch, model, axes):
     np.testing.assert_array_equal(several, one)
     np.testing.assert_array_equal(segment(image, model, **options), objects)
     check_ticks(ticks)
+
+
+def test_the_next_plane_is_read_meanwhile():
+    """And none is read twice, or too early."""
+    image, events = random_image((1, 3, 60, 50))[0], []
+
+    class Watched:
+        shape, ndim, dtype = image.shape, image.ndim, image.dtype
+
+        def __getitem__(self, index):
+            if isinstance(index[0], int):
+                events.append(("read", index[0]))
+            return image[index]
+
+    model = trained_model(Normalization(scope="plane"))
+    predictor = Predictor(Watched(), model, axes="TYX")
+    for plane in range(3):
+        run_to_end(predictor.unit_steps(plane))
+        events.append(("predicted", plane))
+    predictor.close()
+    order = [event for event in events if event[0] == "read"]
+    assert order == [("read", plane) for plane in range(3)]
+    assert events.index(("read", 1)) < events.index(("predicted", 0))
+    assert events.index(("predicted", 0)) < events.index(("read", 2))
 
 
 def test_closing_at_every_tick(model, in_flight):

@@ -158,6 +158,7 @@ class Predictor:
 
     def _set_tiles(self) -> None:
         self._wanted = [self.region[axis] for axis in self.source.spatial]
+        self._opening: dict[int, Future[tuple[Source, Scaling]]] = {}
         shape = self._given_tile_shape
         if shape is not None and (
             np.shape(shape) != (self.model.ndim,) or min(shape) < 1
@@ -266,8 +267,10 @@ class Predictor:
         unit = self.units[index]
         while self.notes:
             yield self._progress(index, 0, note=self.notes.pop(0))
-        reading = self.submit(self._open_unit, unit)
-        source, scaling = yield from self._heartbeats(reading, index, 0)
+        opening = self._opening.pop(index, None) or self._open(index)
+        source, scaling = yield from self._heartbeats(opening, index, 0)
+        if index + 1 < len(self.units):  # read while this one is computed
+            self._opening[index + 1] = self._open(index + 1)
         plan, is_whole = self._plan, self._grid.rescales or self._plan.is_blended
         assembly: Assembly = Strips(plan.region, plan.tiles)
         if is_whole:
@@ -330,6 +333,9 @@ class Predictor:
         if count == 1:
             return ["1 pixel is NaN or infinite; it is background."]
         return [f"{count} pixels are NaN or infinite; they are background."]
+
+    def _open(self, index: int) -> Future[tuple[Source, Scaling]]:
+        return self.submit(self._open_unit, self.units[index])
 
     def _open_unit(self, unit: Mapping[str, int]) -> tuple[Source, Scaling]:
         """Read a unit if it is lazy and small, and fit the normalisation."""

@@ -267,11 +267,12 @@ class Scaling:
         return np.clip(scaled, *self._limits, out=scaled).astype(np.float32)
 
     def apply_to_tensor(self, tile: Tensor) -> Tensor:
-        """Normalise integers of up to 16 bits on the device where they are.
+        """Normalise pixels on the device where they are.
 
         Parameters
         ----------
-        tile : integer Tensor of shape (channel, *spatial)
+        tile : Tensor of shape (channel, *spatial)
+            Of integers of up to 16 bits.
 
         Returns
         -------
