@@ -296,7 +296,8 @@ class Backend:
             largest = LARGEST_CPU_TILE * 32 // max(32, self.config.base_channels)
         if self._memory_limit is not None:
             usable = min(usable, self._memory_limit * 1e9 - self._fixed_bytes)
-        return max(1, min(int(usable / self.bytes_per_pixel), largest))
+        of_all = self.bytes_per_pixel * self._executor.tiles_at_once
+        return max(1, min(int(usable / of_all), largest))
 
     @property
     def _fixed_bytes(self) -> int:

@@ -38,6 +38,7 @@ class Executor(Protocol):
     """A network that is ready to run; for one thread at a time."""
 
     precision: str
+    tiles_at_once: int  # whose maps are in memory
 
     @property
     def title(self) -> str:
@@ -135,8 +136,10 @@ class TorchExecutor:
             self._network = network.on(device).requires_grad_(False)
         self._stop = threading.Event()
         self._compute: Compute = self._forward
+        self.tiles_at_once = 1
         if isinstance(network, UNet) and reduced and can_compile(device):
             self._compute = CompiledLater(self._forward)
+            self.tiles_at_once = 2  # one of them to compile with
         elif device.type != "cuda":
             # Between any two layers, so that a large tile on a slow CPU ends soon.
             for module in self._network.modules():

@@ -63,6 +63,8 @@ class OpenVinoExecutor:
         bfloat16 where the processor computes with it; else float32.
     """
 
+    tiles_at_once = 1
+
     def __init__(self, network: UNet, threads: int, reduced: bool):
         import openvino
         from openvino.properties import hint, inference_num_threads
