@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -101,19 +101,32 @@ def encode(probabilities: NDArray, kinds: Sequence[str], threshold: float) -> ND
         Twice the index of the class that the pixel belongs to, or would belong to;
         and 1 more where that is an object.
     """
+    if list(kinds) == ["objects"]:  # by numpy ten times as fast on a CPU
+        least = _least_above(threshold, probabilities.dtype == np.uint8)
+        codes: NDArray = _encode_one(probabilities[0], least, np.uint8)
+        return codes
     values = torch.from_numpy(np.require(probabilities, requirements=["C", "W"]))
-    codes: NDArray = _encode(values, kinds, threshold).numpy()
+    codes = _encode(values, kinds, threshold).numpy()
+    return codes
+
+
+def _least_above(threshold: float, is_quantised: bool) -> float:
+    """Return what a pixel of an object is above; between integers there is nothing."""
+    return math.floor(255 * threshold) if is_quantised else threshold
+
+
+def _encode_one(probability: Any, least: float, byte: Any) -> Any:
+    """Encode one class of objects, by numpy or by torch."""
+    codes = (probability > 0).view(byte)
+    codes += codes
+    codes += probability > least
     return codes
 
 
 def _encode(probabilities: Tensor, kinds: Sequence[str], threshold: float) -> Tensor:
-    least = threshold
-    if probabilities.dtype == torch.uint8:
-        least = math.floor(255 * threshold)  # no integer lies between
+    least = _least_above(threshold, probabilities.dtype == torch.uint8)
     if list(kinds) == ["objects"]:
-        codes = (probabilities[0] > 0).view(torch.uint8)
-        codes += codes.clone()
-        codes += probabilities[0] > least
+        codes: Tensor = _encode_one(probabilities[0], least, torch.uint8)
         return codes
     owner, strength = _assign_classes(probabilities, kinds)
     are_objects = torch.tensor(
