@@ -29,4 +29,4 @@ def test_the_raw_forward_runs_the_same_network(load):
     model = benchmark.trained(4, 2, steps=1)
     assert model.passport.history[-1].steps == 1
     executor = benchmark.make_executor(model.network, torch.device("cpu"), False)
-    assert benchmark.raw_seconds(np.zeros((64, 64)), executor) > 0
+    assert benchmark.raw_seconds(np.zeros((64, 64)), executor, "cpu") > 0

@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from napari_unet.inference.assembly import Blend, Strips
-from napari_unet.inference.tiling import tile_grid
+from napari_unet.inference.tiling import Tile, tile_grid
 
 
 @st.composite
@@ -45,6 +46,34 @@ def test_strips_make_up_the_region(grid):
             found[:, rows] = strip
     assert rows_so_far == shape[0]
     np.testing.assert_array_equal(found, whole)
+
+
+def test_tiles_that_were_halved_along_different_axes():
+    """As after memory ran out: in one row of tiles, some are halved in Y."""
+    region = [slice(0, 16), slice(0, 24)]
+    whole = np.arange(16 * 24).reshape(1, 16, 24)
+    tiles = [
+        *Tile((0, 0), (8, 16)).halved(4),
+        Tile((8, 0), (16, 16)),
+        Tile((0, 16), (16, 24)),
+    ]
+    strips, found = Strips(region, tiles), np.zeros_like(whole)
+    for tile in tiles:
+        box = tuple(map(slice, tile.start, tile.stop))
+        for rows, strip in strips.add(tile, tile, whole[(slice(None), *box)]):
+            found[:, rows] = strip
+    strips.check_complete()
+    np.testing.assert_array_equal(found, whole)
+
+
+def test_what_is_missing_is_noticed():
+    region = [slice(0, 8), slice(0, 8)]
+    first, *_ = tiles = tile_grid(region, (4, 4), 4)
+    strips, blend = Strips(region, tiles), Blend(region, (8, 8), is_blended=False)
+    for assembly in strips, blend:
+        assert not list(assembly.add(first, first, np.ones((1, 4, 4))))
+        with pytest.raises(AssertionError):
+            assembly.check_complete()
 
 
 def test_a_strip_does_not_wait_for_the_next():

@@ -1,6 +1,9 @@
 """Compiling beside the computation: results never wait, and never change."""
 
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from whole_image import random_image, trained_model
 
 from napari_unet import predict
-from napari_unet.inference import executors
+from napari_unet.inference import compiled, executors
 from napari_unet.inference.compiled import CompiledLater, can_compile
 from napari_unet.inference.executors import TorchExecutor
 
@@ -16,8 +19,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def anew(monkeypatch):
+    """Compile at the second use, and as if nothing had been compiled before."""
+    monkeypatch.setattr(compiled, "USED_SECONDS", 0)
+    monkeypatch.setattr(CompiledLater, "_begun", 0)
     yield
+    CompiledLater.wait()
     torch.compiler.reset()
 
 
@@ -49,22 +56,58 @@ def test_the_first_results_do_not_wait():
         torch.testing.assert_close(compute(image_of(4), None), image_of(4) + 1)
 
 
-def test_every_shape_is_compiled_once():
-    compiled = []
+def test_every_shape_is_compiled_once(monkeypatch):
+    """And no more than torch keeps, of all networks together."""
+    sides = []
 
     def compiler(graph, inputs):
-        compiled.append(tuple(inputs[0].shape[2:]))
+        sides.append(inputs[0].shape[-1])
         return graph.forward
 
-    compute = CompiledLater(lambda image, _: 3 * image, backend=compiler)
+    monkeypatch.setattr(compiled, "MOST_RESULTS", 3)
+    first, second = (
+        CompiledLater(lambda image, _, factor=factor: factor * image, backend=compiler)
+        for factor in (2, 3)
+    )
     with torch.inference_mode():
-        for side in [4, 4, 5, 4, 5, 5, 6, 6, 7, 7, 4, 8, 8, 8, 4, 4, 4]:
-            torch.testing.assert_close(
-                compute(image_of(side), None), 3 * image_of(side)
-            )
-            compute.wait()
-    # A fifth shape takes the place of all: 4 was compiled again after it.
-    assert compiled == [(4, 4), (5, 5), (6, 6), (7, 7), (8, 8), (4, 4)]
+        for side in [4, 4, 5, 4, 5, 5, 4, 6, 6, 6, 7, 7, 4]:
+            image = image_of(side)
+            torch.testing.assert_close(first(image, None), 2 * image)
+            first.wait()
+        torch.testing.assert_close(second(image, None), 3 * image)
+        torch.testing.assert_close(second(image, None), 3 * image)
+        second.wait()
+    assert sides == [4, 5, 6]
+    assert first.is_ready
+    assert not second.is_ready
+
+
+def test_a_shape_that_is_used_briefly_is_not_worth_it(monkeypatch):
+    monkeypatch.setattr(compiled, "USED_SECONDS", 0.5)
+    compute = CompiledLater(lambda image, _: 2 * image, backend="eager")
+    with torch.inference_mode():
+        for _ in range(3):
+            compute(image_of(4), None)
+        assert CompiledLater._begun == 0
+        time.sleep(0.6)
+        compute(image_of(4), None)
+        compute.wait()
+    assert compute.is_ready
+
+
+def test_a_program_may_end_while_it_compiles():
+    """torch aborts the process if it does not wait."""
+    program = """
+import torch
+from napari_unet.inference import compiled
+compiled.USED_SECONDS = 0
+compute = compiled.CompiledLater(lambda image, _: (2 * image).relu().softmax(1))
+with torch.inference_mode():
+    for _ in range(2):
+        compute(torch.ones(1, 2, 64, 64), None)
+assert compiled.CompiledLater._thread.is_alive()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
 def test_without_a_working_compiler_everything_goes_on():
@@ -80,7 +123,7 @@ def test_without_a_working_compiler_everything_goes_on():
             torch.testing.assert_close(compute(image_of(3), None), 2 * image_of(3))
             compute.wait()
     assert not compute.is_ready
-    assert len(calls) == 1
+    assert len(calls) == 1  # nor is it tried again
 
 
 def test_only_gpus_compile(monkeypatch):

@@ -421,7 +421,7 @@ class FullGpu:
 
 
 def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model, in_flight):
-    image = random_image((1, 200, 180))[0]
+    image = random_image((1, 500, 480))[0]
     monkeypatch.setattr(engine, "choose_device", lambda wanted: Device("cuda"))
     monkeypatch.setattr(
         engine,
@@ -430,13 +430,29 @@ def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model, in_flight):
             FullGpu() if device == "cuda" else Backend(network, device, **options)
         ),
     )
-    ticks, result = collect(predict_steps(image, model, tile_shape=(128, 128)))
+    ticks, result = collect(predict_steps(image, model, tile_shape=(512, 512)))
     np.testing.assert_allclose(result, reference(model, image[None]), atol=1e-4)
     check_ticks(ticks)
+    # Tiles that are nearly all halo are not left to the CPU.
+    assert ticks[-1].total <= 8
     assert [tick.note for tick in ticks if tick.note] == [
         "Memory ran out on cuda; going on with smaller tiles.",
         "Memory ran out on cuda; going on on the CPU, which is slower.",
     ]
+
+
+def test_a_gpu_that_is_full_from_the_start_is_left(monkeypatch, model, image):
+    def full(network, device, **options):
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return Backend(network, device, **options)
+
+    monkeypatch.setattr(engine, "choose_device", lambda wanted: Device("cuda"))
+    monkeypatch.setattr(engine, "Backend", full)
+    ticks, result = collect(predict_steps(image, model))
+    np.testing.assert_allclose(result, reference(model, image[None]), atol=1e-4)
+    notes = [tick.note for tick in ticks if tick.note]
+    assert notes == ["cuda is full; computing on the CPU."]
 
 
 FAILURES = [

@@ -119,7 +119,7 @@ class Stack:
         chunks = getattr(self.data, "shards", None) or getattr(
             self.data, "chunks", None
         )
-        if chunks is None or "Z" not in self.axes:
+        if chunks is None or "Z" not in self.axes or self.is_tiled:
             return 1
         deep = chunks[self.axes.index("Z")]
         deep = int(max(deep) if isinstance(deep, tuple) else deep)

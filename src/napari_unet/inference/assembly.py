@@ -45,6 +45,9 @@ class Assembly(Protocol):
             Not used here any more.
         """
 
+    def check_complete(self) -> None:
+        """Fail if anything was not given: never hand on what was not computed."""
+
 
 class Strips:
     """Gives a strip as soon as its tiles are there: a row of tiles, or a slab.
@@ -60,7 +63,13 @@ class Strips:
     def __init__(self, region: Sequence[slice], tiles: Sequence[Tile]):
         self._origin = [part.start for part in region]
         self._sides = [part.stop - part.start for part in region[1:]]
-        spans = sorted({(tile.start[0], tile.stop[0]) for tile in tiles})
+        spans: list[tuple[int, int]] = []
+        for start, stop in sorted({(tile.start[0], tile.stop[0]) for tile in tiles}):
+            if spans and start < spans[-1][1]:  # some were halved along other axes
+                before = spans.pop()
+                spans.append((before[0], max(stop, before[1])))
+            else:
+                spans.append((start, stop))
         self._spans = spans[::-1]  # the next is the last
         self._strips: dict[int, NDArray] = {}
         self._pixels: dict[int, int] = {}
@@ -83,6 +92,10 @@ class Strips:
             self._spans.pop()
             first = start - self._origin[0]
             yield slice(first, first + stop - start), self._strips.pop(start)
+
+    def check_complete(self) -> None:
+        """See `Assembly.check_complete`."""
+        assert not self._spans, f"The strips {self._spans} are not complete."
 
 
 class Blend:
@@ -126,6 +139,10 @@ class Blend:
             if self._weight is not None:
                 self._sum /= self._weight
             yield slice(0, self._shape[0]), self._sum
+
+    def check_complete(self) -> None:
+        """See `Assembly.check_complete`."""
+        assert self._pixels == math.prod(self._shape), "Tiles are missing."
 
 
 def _box(tile: Tile, origin: Sequence[int]) -> tuple[slice, ...]:

@@ -129,12 +129,13 @@ def _encode(probabilities: Tensor, kinds: Sequence[str], threshold: float) -> Te
         codes: Tensor = _encode_one(probabilities[0], least, torch.uint8)
         return codes
     owner, strength = _assign_classes(probabilities, kinds)
-    are_objects = torch.tensor(
-        [False, *(kind == "objects" for kind in kinds)], device=owner.device
-    )
+    is_object = torch.zeros_like(owner, dtype=torch.bool)
+    for index, kind in enumerate(kinds, start=1):
+        if kind == "objects":
+            is_object |= owner == index
     dtype = torch.uint8 if code_type(kinds).itemsize == 1 else torch.int32
     codes = 2 * owner.to(dtype)
-    codes += (strength > least) & are_objects[owner]
+    codes += (strength > least) & is_object
     return codes
 
 

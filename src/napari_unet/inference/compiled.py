@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledLater", "can_compile"]
 
-_MOST = 4  # shapes: the tiles of one image have four at most
+# Compiling takes a minute, which images of a few seconds are not worth.
+USED_SECONDS = 10
+# torch keeps as many results of one function, for all networks of a process together;
+# other shapes go on as they are.
+MOST_RESULTS = 8
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +45,8 @@ def can_compile(device: torch.device) -> bool:
 class CompiledLater:
     """Computes at once, and faster as soon as torch has compiled.
 
-    To compile takes a minute, in a thread beside everything else. It begins when a
-    shape comes for the second time: the first result never waits, and single small
-    images are not worth it.
+    That begins when a shape has been in use for `USED_SECONDS`, in a thread beside
+    everything else, so that no result ever waits for it.
 
     Parameters
     ----------
@@ -53,14 +57,15 @@ class CompiledLater:
         What compiles.
     """
 
+    _lock = threading.Lock()
+    _begun = 0  # results of all objects of this class
+    _thread: threading.Thread | None = None  # one at a time compiles
+
     def __init__(self, function: Function, backend: str = "inductor"):
         self._function = function
         self._backend = backend
-        self._lock = threading.Lock()
         self._ready: dict[Any, Function] = {}
-        self._seen: set[Any] = set()
-        self._thread: threading.Thread | None = None
-        self._able = True
+        self._first_used: dict[Any, float] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -70,39 +75,39 @@ class CompiledLater:
     def __call__(self, image: Tensor, cropping: Cropping | None) -> Tensor:
         """Compute, with what is compiled for this shape if there is."""
         key = tuple(image.shape), cropping
-        with self._lock:
-            function = self._ready.get(key)
+        function = self._ready.get(key)
         if function is not None:
             return function(image, cropping)
         result = self._function(image, cropping)
         self._consider(key, image)
         return result
 
-    def wait(self) -> None:
+    @classmethod
+    def wait(cls) -> None:
         """Wait until nothing is being compiled."""
-        if self._thread is not None:
-            self._thread.join()
+        if cls._thread is not None:
+            cls._thread.join()
 
     def _consider(self, key: Any, image: Tensor) -> None:
-        """Begin to compile for a shape that came again, if nothing else is."""
+        """Begin to compile for a shape that is used much, if nothing else is."""
+        shared = CompiledLater
+        now = time.monotonic()
         with self._lock:
-            came_before = key in self._seen
-            self._seen.add(key)
-            busy = self._thread is not None and self._thread.is_alive()
-            if not came_before or busy or not self._able:
+            first = self._first_used.setdefault(key, now)
+            is_first_use = first == now
+            busy = shared._thread is not None and shared._thread.is_alive()
+            if is_first_use or now - first < USED_SECONDS or busy:
                 return
-            if len(self._ready) == _MOST:
-                # Other images have come; torch keeps few results of one function.
-                self._ready.clear()
-                self._seen = {key}
-                torch.compiler.reset()
-            self._thread = threading.Thread(
+            if shared._begun >= MOST_RESULTS:
+                return
+            shared._begun += 1
+            # Not a daemon: torch aborts a process that ends while it compiles.
+            shared._thread = threading.Thread(
                 target=self._compile,
                 args=(key, torch.zeros_like(image)),
                 name="compile",
-                daemon=True,
             )
-        self._thread.start()
+            shared._thread.start()
 
     @torch.inference_mode()
     def _compile(self, key: Any, image: Tensor) -> None:
@@ -113,7 +118,6 @@ class CompiledLater:
             function(image, key[1])  # the first call compiles
         except Exception as error:
             _log.info("Going on without compiling: %s", error)
-            self._able = False
+            CompiledLater._begun = MOST_RESULTS  # nor is it tried again
             return
-        with self._lock:
-            self._ready[key] = function
+        self._ready[key] = function

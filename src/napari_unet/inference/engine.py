@@ -23,6 +23,7 @@ from napari_unet.inference.backends import (
     Backend,
     Precision,
     choose_device,
+    is_out_of_memory,
 )
 from napari_unet.inference.classify import keep_all
 from napari_unet.inference.grid import Grid
@@ -116,7 +117,13 @@ class Predictor:
         backend_on = partial(
             Backend, model.network, precision=precision, memory_limit=memory_limit
         )
-        backend = backend_on(chosen.name)
+        try:
+            backend = backend_on(chosen.name)
+        except Exception as error:
+            if chosen.name == "cpu" or not is_out_of_memory(error):
+                raise
+            self.notes.append(f"{chosen.name} is full; computing on the CPU.")
+            backend = backend_on("cpu")
         self._is_part = False
         factors = model.rescaling(dict(pixel_size or {}))
         if factors:
@@ -294,6 +301,7 @@ class Predictor:
                         handing = self.submit(hand_on, rows, part)
                         del part
             assert handing is not None
+            assembly.check_complete()
             yield from self.wait_steps(handing, index)
         finally:
             # Nothing may be written into files that are being removed.

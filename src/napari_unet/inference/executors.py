@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Compute = Callable[[Tensor, Cropping | None], Tensor]
 
+_SWITCHES = threading.Lock()  # those of cuDNN are of the whole process
 KEPT_SECONDS = 10  # that the working memory of an executor waits for the next image
 
 __all__ = ["Executor", "Idle", "TorchExecutor", "computes_bfloat16", "make_executor"]
@@ -96,7 +97,8 @@ def make_executor(network: Network, device: torch.device, reduced: bool) -> Exec
 def computes_bfloat16(device: torch.device) -> bool:
     """Tell whether a device computes bfloat16 itself, about twice as fast."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # torch has no public question for this.
         asks = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -145,6 +147,8 @@ class TorchExecutor:
             for module in self._network.modules():
                 if not list(module.children()):
                     module.register_forward_pre_hook(self._end_if_stopped)
+        if device.type == "cuda":  # tiles are computed in another stream
+            torch.cuda.current_stream(device).synchronize()
 
     def _end_if_stopped(self, module: nn.Module, inputs: Any) -> None:
         if self._stop.is_set():
@@ -167,7 +171,9 @@ class TorchExecutor:
     ) -> Tensor:
         """See `Executor.run`."""
         self._stop = stop
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self._reduced):
+        if self._reduced or self._device.type != "cuda":
+            return self._compute(image, cropping)
+        with _SWITCHES, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self._compute(image, cropping)
 
     def _forward(self, image: Tensor, cropping: Cropping | None) -> Tensor:

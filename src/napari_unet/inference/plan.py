@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from napari_unet.inference.tiling import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MIN_TILE", "TilePlan"]
 
 MIN_TILE = 64  # pixels; smaller tiles are all halo
+MIN_GPU_PIXELS = 1 << 16  # a GPU that has no memory for more is left
 NEARLY_FULL = 0.75  # of the sides of a tile
 
 
@@ -132,7 +134,9 @@ class TilePlan:
             stop.append(first + side if is_nearly_full else b)
         return Tile(tuple(start), tuple(stop))
 
-    def halve(self, tile: Tile, waiting: Sequence[Tile]) -> tuple[list[Tile], int]:
+    def halve(
+        self, tile: Tile, waiting: Sequence[Tile], *, on_gpu: bool
+    ) -> tuple[list[Tile], int]:
         """Cut what is as long as a tile for which memory ran out.
 
         Returns
@@ -144,6 +148,8 @@ class TilePlan:
         """
         alignment, longest = self._field.alignment, max(tile.shape)
         can_shrink = self._fixed is None and longest > max(MIN_TILE, alignment)
+        if on_gpu:
+            can_shrink &= math.prod(tile.shape) > MIN_GPU_PIXELS
         if not can_shrink or not tile.halved(alignment):
             return [], longest
         # Other units are cut in the same way.

@@ -175,14 +175,15 @@ class TileRun:
         machine = self._machine
         machine.backend.empty_cache()
         device = machine.backend.device.type
-        rest, longest_side = self._plan.halve(tile, self._waiting)
+        on_gpu = device != "cpu"
+        rest, longest_side = self._plan.halve(tile, self._waiting, on_gpu=on_gpu)
         if rest:
             self._waiting = deque(rest)
             said = machine.longest_side is not None
             machine.longest_side = longest_side
             note = f"Memory ran out on {device}; going on with smaller tiles."
             return "" if said else note
-        if device == "cpu":
+        if not on_gpu:
             raise OutOfMemory(
                 "Memory ran out even for the smallest tile. Close other programs or "
                 "use a smaller model."

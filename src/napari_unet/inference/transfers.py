@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = ["Transfers", "make_transfers"]
 _BLOCK = 1 << 23  # pixels that are counted at a time
 
 
+@cache  # torch uses the memory of a stream again within it only
 def make_transfers(device: torch.device) -> Transfers:
     """Return what brings arrays to a device and back in the best way it has."""
     return CudaTransfers(device) if device.type == "cuda" else Transfers(device)
@@ -119,6 +121,12 @@ class CudaTransfers(Transfers):
 
     def count(self, values: NDArray) -> NDArray[np.int64]:
         """See `Transfers.count`."""
+        try:
+            return self._count(values)
+        except torch.OutOfMemoryError:
+            return count_values(values)
+
+    def _count(self, values: NDArray) -> NDArray[np.int64]:
         bins = 256**values.dtype.itemsize
         least = np.iinfo(values.dtype).min if values.dtype.kind == "i" else 0
         flat = np.ascontiguousarray(values).reshape(-1)
