@@ -31,7 +31,7 @@ def by_torch(monkeypatch):
 
 
 @given(options=exact_options(2) | exact_options(3), data=st.data())
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_both_compute_what_the_network_does(options, data):
     network = trained_model(**options).network
     config = network.config

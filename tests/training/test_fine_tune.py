@@ -315,7 +315,8 @@ def test_cancelling_at_any_yield_leaves_no_half_written_file(tmp_path):
         steps.close()
         assert list(tmp_path.iterdir()) in ([], [path])
         if path.exists():
-            fine_tune(tiny(), annotations, settings, snapshot=path, resume=True)
+            if stop % 8 == 0:  # a whole training each
+                fine_tune(tiny(), annotations, settings, snapshot=path, resume=True)
             path.unlink()
 
 

@@ -273,7 +273,7 @@ def test_small_memory_makes_patches_small(monkeypatch):
     sides=st.lists(st.integers(1, 700), min_size=2, max_size=3),
     batch_size=st.integers(1, 9),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_smaller_plans_are_legal_and_come_to_an_end(depth, valid, sides, batch_size):
     config = UNetConfig(
         depth=depth,
