@@ -1,8 +1,5 @@
 """The benchmark of the training lets both sides do the same, in small."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,18 +7,14 @@ from napari_unet import Annotation, Model, TrainingSettings, UNet
 from napari_unet.training import loop
 from napari_unet.training.feed import Feed
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "training_overhead.py"
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU"
 )
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("training_overhead", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load):
+    return load("training_overhead")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])

@@ -1,20 +1,12 @@
 """The benchmark of the weight map compares what it says, in small."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "weight_map.py"
-
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("weight_map_benchmark", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load):
+    return load("weight_map")
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (16, 40, 40)])
