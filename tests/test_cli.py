@@ -24,19 +24,15 @@ from napari_unet.network.unet import UNet
 from napari_unet.sample import sample_dir
 from napari_unet.steps import Progress
 
+pytestmark = pytest.mark.usefixtures("own_library")
+
 COMMANDS = ["", "segment", "evaluate", "models", "models list", "models info"]
 
 
-@pytest.fixture(autouse=True)
-def library(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "models"
-
-
 @pytest.fixture
-def model(library):
-    library.mkdir(parents=True)
-    return threshold_model(library / "threshold.safetensors")
+def model(own_library):
+    own_library.mkdir(parents=True)
+    return threshold_model(own_library / "threshold.safetensors")
 
 
 @pytest.fixture
@@ -330,7 +326,8 @@ def test_evaluate_tells_what_it_leaves_out_beside_the_json(run, tmp_path):
 # --- models, help, version ---------------------------------------------------------
 
 
-def test_models_are_listed_and_described(run, model, library):
+def test_models_are_listed_and_described(run, model):
+    library = model.parent
     (library / "broken.safetensors").write_bytes(b"nothing")
     threshold_model(library / "volumes.safetensors", (2.0, 0.5, 0.5), ndim=3)
 
@@ -351,10 +348,11 @@ def test_models_are_listed_and_described(run, model, library):
     assert run("models", "info", library / "volumes.safetensors").code == 0
 
 
-def test_an_empty_library_says_where_it_is(run, library, monkeypatch, tmp_path):
+def test_an_empty_library_says_where_it_is(run, own_library, monkeypatch, tmp_path):
     monkeypatch.setattr("napari_unet.models.library.BUNDLED", tmp_path / "none")
     result = run("models", "list")
-    assert result == (0, f"There are no models; your own would be in {library}.\n", "")
+    where = f"There are no models; your own would be in {own_library}.\n"
+    assert result == (0, where, "")
 
 
 def test_version(run):

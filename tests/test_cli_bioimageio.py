@@ -10,8 +10,7 @@ from cli_cases import call, threshold_model
 
 
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+def run(capsys, own_library, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threshold_model(tmp_path / "spots.safetensors", (0.5, 0.5))
     call(capsys, "models", "import", "spots.safetensors")

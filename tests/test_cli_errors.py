@@ -20,9 +20,8 @@ from napari_unet.errors import BadOutput
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
+def place(own_library, tmp_path, monkeypatch):
     """A folder to work in, with a model and some images; names are relative to it."""
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     threshold_model("m.safetensors")
     write_image("good.tif", squares(2))
@@ -200,6 +199,7 @@ def test_output_folder_that_cannot_be_written(fails, monkeypatch):
         ),
         (["x/a.tif", "x/b.tif"], "c.tif", "c.tif is one file, but there are 2 images"),
         (["x/a.tif"], "c.png", "Labels cannot be written as c.png; give a .tif file"),
+        (["x/a.tif"], "c.ome.zarr", "Labels cannot be written as c.ome.zarr; give a"),
     ],
 )
 def test_names_that_cannot_be(fails, names, output, sentence):

@@ -10,10 +10,9 @@ from napari_unet.models.checkpoint import read_model
 
 
 @pytest.fixture
-def library(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+def library(own_library, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "home" / "models"
+    return own_library
 
 
 @pytest.fixture

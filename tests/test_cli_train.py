@@ -17,11 +17,7 @@ from napari_unet.models.model import Model
 from napari_unet.network.unet import UNet
 from napari_unet.training.project import load_project, save_project
 
-
-@pytest.fixture(autouse=True)
-def library(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "models"
+pytestmark = pytest.mark.usefixtures("own_library")
 
 
 @pytest.fixture
@@ -112,13 +108,13 @@ def test_train_and_segment_with_the_result(folder):
     assert tifffile.imread(folder / "out" / "3.tif").shape == (48, 64)
 
 
-def test_a_new_model_with_classes_from_scribbles(run, folder, monkeypatch):
+@pytest.mark.usefixtures("small_new_models")
+def test_a_new_model_with_classes_from_scribbles(run, folder):
     for path in (folder / "labels").iterdir():
         labels = tifffile.imread(path)
         painted = np.where(labels > 2, 3, np.where(labels > 0, 2, 1))
         painted[:, ::3] = 0
         tifffile.imwrite(path, painted.astype("u1"))
-    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
 
     result = run(
         *arguments(folder, "--new", "--steps", 2, "--unpainted", "unknown"),
@@ -129,11 +125,6 @@ def test_a_new_model_with_classes_from_scribbles(run, folder, monkeypatch):
     model = load_model(folder / "mine.safetensors")
     assert model.network.config.num_classes == 3
     assert model.passport.history[-1].settings["seed"] == 3
-
-
-class small_unet(UNet):
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **{**options, "base_channels": 2, "depth": 1})
 
 
 def test_a_killed_training_is_resumed(folder):
@@ -172,13 +163,14 @@ def test_a_killed_training_is_resumed(folder):
         resumed.send_signal(signal.SIGINT)
         _, rest = resumed.communicate(timeout=60)
         assert resumed.returncode == 130
-        assert "Stopped by Ctrl-C" in rest
+        assert "Ctrl-C. The same command with --resume goes on." in rest
         assert snapshot.exists()
         assert not [name for name in os.listdir(folder) if name.endswith(".part")]
     resumed.kill()
     resumed.wait()
 
 
+@pytest.mark.usefixtures("small_new_models")
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
@@ -192,7 +184,6 @@ def test_a_killed_training_is_resumed(folder):
 )
 def test_wrong_options(run, folder, monkeypatch, more, code, words):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
     result = run(*arguments(folder, "--steps", 1, *more))
     assert result.code == code
     assert words in result.err
@@ -256,8 +247,8 @@ def test_a_killed_training_of_a_project_ends_as_if_it_had_not_been(project):
     assert resumed.passport.history[-1].settings["steps"] == 30
 
 
-def test_options_override_what_a_project_says(run, project, monkeypatch):
-    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
+@pytest.mark.usefixtures("small_new_models")
+def test_options_override_what_a_project_says(run, project):
     options = ["--steps", 2, "--seed", 5, "--border-weights", "falk"]
     options += ["--new", "--labels-are", "classes", "--quiet"]
     result = run("train", project, "-o", project / "new", *options)
@@ -272,8 +263,8 @@ def test_options_override_what_a_project_says(run, project, monkeypatch):
     assert load_project(project).settings == SHORT
 
 
-def test_a_new_model_of_volumes(run, folder, monkeypatch):
-    monkeypatch.setattr("napari_unet.training.adapt.UNet", small_unet)
+@pytest.mark.usefixtures("small_new_models")
+def test_a_new_model_of_volumes(run, folder):
     for kind in ("images", "labels"):
         plane = tifffile.imread(folder / kind / "3.tif")
         for path in (folder / kind).iterdir():

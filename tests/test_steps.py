@@ -5,7 +5,13 @@ import time
 
 import pytest
 
-from napari_unet.steps import Progress, describe_seconds, run_to_end, seldom_steps
+from napari_unet.steps import (
+    Progress,
+    describe_seconds,
+    mapped_steps,
+    run_to_end,
+    seldom_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,33 @@ def test_what_is_fast_tells_nothing_but_its_result():
         next(steps)
     assert stop.value.value == "result"
     assert run_to_end(seldom_steps(counting_steps(3, 0, []))) == "result"
+
+
+def test_none_one_or_several_ticks_for_each():
+    steps = mapped_steps(counting_steps(4, 0, []), lambda tick: "abc"[: tick.done])
+    assert list(steps) == ["a", "a", "b", "a", "b", "c"]
+
+
+def test_what_is_sent_goes_to_the_ticks():
+    sent = []
+
+    def ask(tick):
+        sent.append((yield tick.done))
+
+    steps = mapped_steps(counting_steps(2, 0, []), ask)
+    assert [next(steps), steps.send("first")] == [0, 1]
+    with pytest.raises(StopIteration) as stop:
+        steps.send("second")
+    assert sent == ["first", "second"]
+    assert stop.value.value == "result"
+
+
+def test_whoever_fails_at_a_tick_closes_the_steps():
+    closed = []
+    steps = counting_steps(2, 0, closed)
+    with pytest.raises(ZeroDivisionError):
+        run_to_end(steps, lambda tick: 1 // tick.done)
+    assert closed == [True]
 
 
 def test_closing_closes_what_it_goes_through():

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -69,16 +69,18 @@ def describe_seconds(seconds: float) -> str:
 
 
 def mapped_steps(
-    steps: Generator[Ticked, None, Result], change: Callable[[Ticked], Yielded]
-) -> Generator[Yielded, None, Result]:
-    """Pass on something else for every tick.
+    steps: Generator[Ticked, None, Result],
+    change: Callable[[Ticked], Iterable[Yielded]],
+) -> Generator[Yielded, Any, Result]:
+    """Pass on other ticks: none, one or several for each.
 
     Parameters
     ----------
     steps : generator
         Closed with this one.
     change : callable
-        From a tick to what is yielded in its place.
+        From a tick to those that are yielded in its place. What is sent goes to
+        them, if they are a generator.
 
     Returns
     -------
@@ -92,12 +94,12 @@ def mapped_steps(
             except StopIteration as stop:
                 result: Result = stop.value
                 return result
-            yield change(step)
+            yield from change(step)
 
 
 def seldom_steps(
-    steps: Generator[Yielded, None, Result], interval: float = 0.25
-) -> Generator[Yielded, None, Result]:
+    steps: Generator[Ticked, None, Result], interval: float = 0.25
+) -> Generator[Ticked, Any, Result]:
     """Pass on some of many ticks.
 
     Parameters
@@ -113,6 +115,35 @@ def seldom_steps(
         What the generator returns.
     """
     passed = time.monotonic()
+
+    def seldom(step: Ticked) -> Generator[Ticked, None, None]:
+        nonlocal passed
+        if time.monotonic() >= passed + interval:
+            yield step
+            passed = time.monotonic()
+
+    return mapped_steps(steps, seldom)
+
+
+def run_to_end(
+    steps: Generator[Ticked, None, Result],
+    on_step: Callable[[Ticked], object] = lambda step: None,
+) -> Result:
+    """Exhaust a generator and return its result: the blocking form.
+
+    Parameters
+    ----------
+    steps : generator
+        Any generator of this package whose name ends in ``_steps``. Closed in any
+        case.
+    on_step : callable
+        Gets every tick.
+
+    Returns
+    -------
+    object
+        What the generator returns.
+    """
     with closing(steps):
         while True:
             try:
@@ -120,30 +151,7 @@ def seldom_steps(
             except StopIteration as stop:
                 result: Result = stop.value
                 return result
-            if time.monotonic() >= passed + interval:
-                yield step
-                passed = time.monotonic()
-
-
-def run_to_end(steps: Generator[object, None, Result]) -> Result:
-    """Exhaust a generator and return its result: the blocking form.
-
-    Parameters
-    ----------
-    steps : generator
-        Any generator of this package whose name ends in ``_steps``.
-
-    Returns
-    -------
-    object
-        What the generator returns.
-    """
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
+            on_step(step)
 
 
 def in_child(

@@ -8,6 +8,7 @@ from cli_cases import hashes, squares, write_image
 
 from napari_unet.batch.folder import batch_steps
 from napari_unet.batch.job import BatchJob
+from napari_unet.batch.plan import plan_batch_steps
 from napari_unet.steps import run_to_end
 
 # What does not depend on when and where a batch ran.
@@ -29,6 +30,11 @@ def make_job(place, **options):
         model=str(place / "m.safetensors"),
         **options,
     )
+
+
+def plan_batch(job):
+    """Plan a batch, to the end."""
+    return run_to_end(plan_batch_steps(job))
 
 
 @contextmanager

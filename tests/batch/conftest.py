@@ -6,9 +6,8 @@ from cli_cases import threshold_model
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(own_library, tmp_path):
     """A folder with ``m.safetensors`` and ``in/``."""
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
     threshold_model(tmp_path / "m.safetensors")
     make_images(tmp_path / "in")
     return tmp_path

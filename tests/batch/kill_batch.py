@@ -22,7 +22,8 @@ from napari_unet.batch import file as batch_file
 from napari_unet.batch import volume
 from napari_unet.batch.folder import batch_steps
 from napari_unet.batch.job import BatchJob
-from napari_unet.batch.plan import plan_batch
+from napari_unet.batch.plan import plan_batch_steps
+from napari_unet.steps import run_to_end
 
 
 def run(job, log, deadly_call):
@@ -85,7 +86,7 @@ def snapshot(job):
     Whenever a process died, each of them is complete.
     """
     found = {}
-    for item in plan_batch(job):
+    for item in run_to_end(plan_batch_steps(job)):
         for path in item.outputs:
             if path.exists():
                 below = path.relative_to(job.output)

@@ -88,8 +88,8 @@ VOLUME = {"axes": "ZYX", "ndim": 3, "chunks": (32, 32, 32), "divide": 64}
         pytest.param((50, 128, 128), (250, 128, 128), STACK, id="stack"),
         pytest.param((2048, 1024), (6144, 1024), PLANE, id="plane"),
         pytest.param(
-            (192, 128, 128),
-            (576, 128, 128),
+            (200, 128, 128),
+            (600, 128, 128),
             VOLUME,
             marks=pytest.mark.slow,
             id="volume",

@@ -13,7 +13,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from batch_cases import make_images, make_job, parts, results, run_well, unchanged
+from batch_cases import (
+    make_images,
+    make_job,
+    parts,
+    plan_batch,
+    results,
+    run_well,
+    unchanged,
+)
 from cli_cases import call, squares, write_image
 from distributed import Client
 from faulty_cluster import HERE
@@ -217,21 +225,23 @@ def test_a_worker_that_does_not_see_the_folder(place, address):
 
 
 def test_other_versions_are_refused(place, address, monkeypatch):
-    versions = {**cluster.program_versions(), "napari-unet": "9.9"}
-    monkeypatch.setattr(cluster, "program_versions", lambda: versions)
+    versions = {"napari-unet": "9.9"}
+    monkeypatch.setattr(cluster, "program_versions", lambda model: versions)
     with pytest.raises(BadCluster, match=r"has napari-unet \S+ instead of 9.9"):
         run(make_job(place), address)
 
 
 def test_what_only_some_computers_have_is_compared_where_it_computes(monkeypatch):
     programs = {"torch": "2+cpu", "openvino": "7"}
-    monkeypatch.setattr(worker, "program_versions", lambda: programs)
+    monkeypatch.setattr(worker, "version_of", lambda name: programs.get(name, ""))
     differ = worker._different_versions
     assert differ({"torch": "2+cu130", "openvino": "7"}, "cpu") == ""
     assert differ({"torch": "2"}, "cpu") == "openvino 7 instead of none"
     assert differ({"torch": "2", "openvino": "6"}, "cpu") == "openvino 7 instead of 6"
     assert differ({"torch": "2"}, "cuda") == ""
     assert differ({"torch": "3"}, "cuda") == "torch 2 instead of 3"
+    wanted = {"torch": "2", "onnxruntime": "1"}
+    assert differ(wanted, "cuda") == "onnxruntime none instead of 1"
 
 
 def wait_until_slow(steps):
@@ -426,7 +436,6 @@ def test_each_gpu_has_a_process(monkeypatch):
 def test_a_file_that_runs_twice_is_written_twice(place, address, kind):
     """As when a worker is taken for dead."""
     from napari_unet.batch.folder import complete_job
-    from napari_unet.batch.plan import plan_batch
     from napari_unet.batch.worker import segment_on_worker
     from napari_unet.models.library import load_model
 

@@ -22,14 +22,17 @@ from batch_cases import (
     unchanged,
 )
 from cli_cases import hashes, squares, threshold_model, write_image
+from onnx_files import unet_file
 
 from napari_unet.batch import file as batch_file
 from napari_unet.batch import folder
 from napari_unet.batch import results as batch_results
 from napari_unet.batch.folder import batch_steps
-from napari_unet.batch.job import BatchJob, SegmentSettings
-from napari_unet.errors import BadModel, BadOutput, Partial
+from napari_unet.batch.job import BatchJob, SegmentSettings, program_versions
+from napari_unet.errors import BadInput, BadModel, BadOutput, Partial
 from napari_unet.files.images import read_image
+from napari_unet.models.model import Model
+from napari_unet.network.unet import UNet
 from napari_unet.steps import run_to_end
 
 
@@ -292,6 +295,36 @@ def test_resume_replaces_no_results_of_other_images(place):
     assert results(place / "out") == before
 
 
+def test_tables_of_others_are_not_replaced(place):
+    out = place / "out"
+    out.mkdir()
+    (out / "measurements.csv").write_text("mine")
+    with pytest.raises(BadOutput, match=r"measurements.csv exists and was not made"):
+        run(make_job(place, measure=True))
+    assert results(out).keys() == {"measurements.csv"}
+    run_well(make_job(place, measure=True), overwrite=True)
+    before = results(out)
+    (place / "others").mkdir()
+    write_image(place / "others" / "b.tif", squares(1))
+    others = make_job(place, measure=True).model_copy(
+        update={"input": place / "others"}
+    )
+    for resume in False, True:
+        with pytest.raises(BadOutput, match="holds the results of the images in"):
+            run(others, resume=resume)
+    assert results(out) == before
+    (place / "in").rename(place / "moved")  # the same images
+    moved = others.model_copy(update={"input": place / "moved"})
+    write_image(place / "moved" / "b.tif", squares(1))
+    assert done_again(moved, resume=True) == ["b.tif"]
+
+
+def test_a_table_of_an_earlier_run_is_told(place):
+    run_well(make_job(place, measure=True))
+    notes = [step.note for step in batch_steps(make_job(place), resume=True)]
+    assert any("measurements.csv is of an earlier run" in note for note in notes)
+
+
 def test_what_a_run_has_begun_is_its_own(place):
     """A kill between a first result and its line in the journal."""
     with closing(batch_steps(make_job(place))) as steps:
@@ -354,9 +387,10 @@ def test_results_are_only_replaced_when_told(place):
 def test_a_journal_of_a_newer_version_is_not_touched(place):
     run_well(make_job(place))
     path = place / "out" / "journal.jsonl"
-    path.write_text(path.read_text().replace('"journal": 1', '"journal": 2'))
+    text = path.read_text().replace('"journal": 1', '"journal": 2')
+    path.write_text(text.replace('"status"', '"state"'))  # as it may be then
     before = hashes(place / "out")
-    with pytest.raises(Exception, match="another version of napari-unet"):
+    with pytest.raises(BadInput, match="another version of napari-unet"):
         run(make_job(place), resume=True)
     assert hashes(place / "out") == before
 
@@ -390,7 +424,7 @@ def test_results_of_other_programs_are_made_again(place, monkeypatch):
     run_well(make_job(place))
     told = BatchJob.load(place / "out" / "job.yaml")
     versions = {**told.versions, "openvino": "1.0"}
-    monkeypatch.setattr(folder, "program_versions", lambda: versions)
+    monkeypatch.setattr(folder, "program_versions", lambda model: versions)
     assert run_well(make_job(place), resume=True).skipped == 0
 
 
@@ -399,6 +433,17 @@ def test_what_the_processor_runs_networks_with_is_in_the_job(place):
     run_well(make_job(place))
     job = BatchJob.load(place / "out" / "job.yaml")
     assert job.versions["openvino"] == version("openvino")
+
+
+def test_what_runs_a_network_as_it_is_is_in_the_job(place):
+    pytest.importorskip("onnxruntime")
+    network = UNet(1, 2, depth=1, base_channels=4).eval()
+    (place / "m.onnx").write_bytes(unet_file(network))
+    assert "onnxruntime" not in program_versions(Model(network))
+    job = make_job(place).model_copy(update={"model": str(place / "m.onnx")})
+    run_well(job)
+    told = BatchJob.load(place / "out" / "job.yaml")
+    assert told.versions["onnxruntime"] == version("onnxruntime")
 
 
 def test_nothing_is_made_for_a_model_that_is_not_there(place):

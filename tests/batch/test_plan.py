@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import tifffile
-from batch_cases import make_job, run
+from batch_cases import make_job, plan_batch, run
 from cli_cases import squares, write_image
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from napari_unet.batch.checks import check_plan
-from napari_unet.batch.plan import Item, name_key, plan_batch
+from napari_unet.batch.plan import Item, name_key
 from napari_unet.errors import BadInput, BadOutput, UnetError
 from napari_unet.files.members import list_members, state_of
 from napari_unet.steps import Progress

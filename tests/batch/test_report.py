@@ -5,6 +5,7 @@ import io
 import shutil
 from html import escape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from batch_cases import make_job, run, run_well
 from cli_cases import squares, threshold_model, write_image
 from PIL import Image
 
+from napari_unet.batch.job import SegmentSettings
 from napari_unet.batch.report import MOST_PICTURES, describe_methods
 from napari_unet.batch.tables import find_outliers
 from napari_unet.batch.thumbnail import OUTLINE, make_thumbnail
@@ -58,6 +60,17 @@ def test_the_report_needs_nothing_else_and_runs_nothing(place):
     assert order == sorted(order)
     assert len(page.links) == 2 + 3
     assert any("0.5, as recommended" in told for told in page.texts)
+
+
+def test_settings_are_put_in_words(place):
+    settings = SegmentSettings(channels=(0,), split_touching=True)
+    pixel_size = {"Y": 0.5, "X": 0.25}
+    job = make_job(place, settings=settings, pixel_size=pixel_size)
+    texts = Page(run_well(job).report.read_text()).texts
+    told = dict(pairwise(texts))
+    assert told["channels"] == "0"
+    assert told["pixel size"] == "Y 0.5 µm, X 0.25 µm"
+    assert told["split touching"] == "yes"
 
 
 def test_the_methods_sentence_names_what_matters(place):
@@ -190,7 +203,7 @@ def test_volumes_have_volumes(place):
         ((1, 2), "YX"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "bool"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64", "bool"])
 def test_thumbnails_of_all_shapes(shape, axes, dtype):
     data = np.zeros(shape, dtype)
     left = "".join(axis for axis in axes if axis not in "CS")
@@ -199,6 +212,8 @@ def test_thumbnails_of_all_shapes(shape, axes, dtype):
     labels[..., : lengths["X"] // 2] = 1
     if dtype == "float32":
         data[...] = np.nan
+    elif dtype == "float64":
+        data[...] = np.linspace(0, 1e200, data.size).reshape(shape)
     picture = Image.open(
         io.BytesIO(make_thumbnail(ImageFile(data, axes), labels, left))
     )

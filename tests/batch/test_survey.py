@@ -61,6 +61,14 @@ def test_what_nobody_knows_of(place):
     assert statuses(job) == ["other", "waiting", "waiting"]
 
 
+def test_tables_of_other_images(place):
+    run(make_job(place))
+    (place / "others").mkdir()
+    shutil.copy(place / "in" / "a0.tif", place / "others" / "b.tif")
+    others = make_job(place).model_copy(update={"input": place / "others"})
+    assert statuses(others) == ["other"]
+
+
 def test_what_was_put_beside_the_results(place):
     job = make_job(place)
     run(job)

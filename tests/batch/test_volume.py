@@ -96,6 +96,9 @@ def test_what_was_found_in_words():
     assert one.covered == pytest.approx(0.4)
     two = one + Found(passport, (0, 0, 1), (100, 0, 0))
     assert two.describe() == "2 objects, 15.0% region 1"
+    many = tiny_model("region", "region", "region").passport
+    assert Found(many, (0,) * 4, (5, 0, 5, 0)).describe() == "50.0% region 2"
+    assert Found.nothing(many).describe() == "only background"
 
 
 def test_more_objects_than_the_labels_can_number():

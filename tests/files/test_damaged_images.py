@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import psutil
 import pytest
 import tifffile
 from child_reader import needs_limits, read_in_child
@@ -415,16 +414,12 @@ def test_other_threads_do_not_disturb(tmp_path, caplog):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cut_file_is_refused_before_its_first_plane_is_computed(
-    tmp_path, layout, monkeypatch
+    tmp_path, layout, leave_memory
 ):
-    class Memory:
-        available = 10_000
-        total = 2**34  # dask asks, too
-
     path = tmp_path / "a.tif"
     whole = write(path, **dict(LAYOUTS[layout]))
     path.write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    leave_memory(10_000)
     with pytest.raises(BadInput, match=r"^a\.tif"):
         read_image(path)
 

@@ -16,8 +16,15 @@ from skimage.measure import regionprops_table
 
 from napari_unet.errors import BadInput
 from napari_unet.files import measurements, sums
-from napari_unet.files.hull import solidity
+from napari_unet.files.hull import Outline
 from napari_unet.files.measurements import measure, measure_steps
+
+
+def solidity(mask: np.ndarray) -> float:
+    """That of an object which is read at once."""
+    outline = Outline(mask.shape)
+    outline.add(mask, (0,) * mask.ndim)
+    return outline.solidity()
 
 
 def cells(shape: tuple[int, ...], seed: int, smooth: float = 1.0) -> np.ndarray:

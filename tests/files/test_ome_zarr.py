@@ -9,7 +9,6 @@ from pathlib import Path
 import dask.array
 import numcodecs
 import numpy as np
-import psutil
 import pytest
 import zarr
 
@@ -127,14 +126,9 @@ def test_real_image_and_its_labels(shared_data):
     assert labels.data.max() > 10
 
 
-def test_large_images_are_lazy(tmp_path, monkeypatch):
+def test_large_images_are_lazy(tmp_path, leave_memory):
     write(tmp_path / "a.zarr")
-
-    class Memory:
-        available = 5000
-        total = 2**34  # dask asks, too
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    leave_memory(5000)
     image = read_image(tmp_path / "a.zarr")
     assert isinstance(image.data, dask.array.Array)
     assert image.data.dtype == PIXELS.dtype
@@ -142,7 +136,7 @@ def test_large_images_are_lazy(tmp_path, monkeypatch):
     damage(tmp_path / "a.zarr" / "0" / "c")
     with pytest.raises(BadInput, match=r"a\.zarr"):
         image.data.compute()
-    Memory.available = 100
+    leave_memory(100)
     with pytest.raises(BadInput, match="one chunk needs 256 bytes"):
         read_image(tmp_path / "a.zarr")
 

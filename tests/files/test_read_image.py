@@ -25,14 +25,8 @@ random = np.random.default_rng(0)
 
 
 @pytest.fixture
-def little_memory(monkeypatch):
-    """Let this computer have 40 kB of free memory."""
-
-    class Memory:
-        available = 40_000
-        total = 2**34  # dask asks, too
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+def little_memory(leave_memory):
+    leave_memory(40_000)
 
 
 DTYPES = ["bool", "u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8", "u8", "i8"]

@@ -1,9 +1,10 @@
 """Print the peak memory of one tile, and what is expected (bytes for a pixel).
 
-python child_memory.py openvino|torch auto|float32 side base_channels [limit [shapes]]
+python child_memory.py openvino|torch auto|float32 side base halo [limit [shapes]]
 
-With a limit in GB, the tile is as large as that allows, and the limit is expected.
-Of several shapes, each a little smaller, one comes after the other.
+Of a tile with a halo, what lies within is computed. With a limit in GB, the tile is
+as large as that allows, and the limit is expected. Of several shapes, each a little
+smaller, one comes after the other.
 """
 
 import math
@@ -32,6 +33,7 @@ def main(
     precision: str,
     side: str,
     base_channels: str,
+    halo: str,
     limit: str = "",
     shapes: str = "1",
 ) -> None:
@@ -50,7 +52,9 @@ def main(
     forget_peak()
     before = peak()
     for index in range(int(shapes)):
-        backend.run(torch.ones(1, 1, sides[0] - 16 * index, sides[1]))
+        shape = sides[0] - 16 * index, sides[1]
+        keep = [(int(halo), n - int(halo)) for n in shape]
+        backend.run(torch.ones(1, 1, *shape), keep)
     measured = (peak() - before) / math.prod(sides)
     sys.stdout.write(f"{measured} {expected}\n")
 

@@ -1,5 +1,6 @@
 """Compiling beside the computation: results never wait, and never change."""
 
+import copy
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 from whole_image import random_image, trained_model
 
-from napari_unet import predict
+from napari_unet import Model, predict
 from napari_unet.inference import compiled, executors
 from napari_unet.inference.compiled import CompiledLater, can_compile
 from napari_unet.inference.executors import TorchExecutor
@@ -54,6 +55,42 @@ def test_the_first_results_do_not_wait():
         compute.wait()
         assert compute.is_ready
         torch.testing.assert_close(compute(image_of(4), None), image_of(4) + 1)
+
+
+def test_nothing_compiled_runs_while_another_shape_is_compiled():
+    """torch before 2.13 would raise an error."""
+    go_on, compiling, used = threading.Event(), threading.Event(), []
+
+    def compiler(graph, inputs):
+        side = inputs[0].shape[-1]
+        if side == 5:
+            compiling.set()
+            go_on.wait(30)
+
+        def run(*arguments):
+            used.append(side)
+            return graph.forward(*arguments)
+
+        return run
+
+    compute = CompiledLater(lambda image, _: image + 1, backend=compiler)
+    with torch.inference_mode():
+        for side in [4, 4]:
+            compute(image_of(side), None)
+        compute.wait()
+        for side in [5, 5]:
+            compute(image_of(side), None)
+        assert compiling.wait(30)
+        used.clear()
+        torch.testing.assert_close(compute(image_of(4), None), image_of(4) + 1)
+        assert not used
+        go_on.set()
+        compute.wait()
+        for side in [4, 5]:
+            torch.testing.assert_close(
+                compute(image_of(side), None), image_of(side) + 1
+            )
+    assert used[-2:] == [4, 5]
 
 
 def test_every_shape_is_compiled_once(monkeypatch):
@@ -184,13 +221,24 @@ def test_what_is_exact_is_not_compiled(compiling):
     assert executor.title == "torch, float32"
 
 
+def test_a_network_that_is_being_trained_is_not_compiled(compiling):
+    network = copy.deepcopy(trained_model().network)
+    model, image = Model(network.train()), random_image((1, 70, 70))[0]
+    predict(image, model)
+    assert not compiling
+    network.eval()  # with the same weights
+    predict(image, model)
+    assert len(compiling) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_with_the_real_compiler(monkeypatch):
     """Needs a C++ compiler; takes a minute."""
     monkeypatch.setattr(executors, "can_compile", lambda device: True)
     executor = TorchExecutor(trained_model().network, CPU, reduced=True)
-    image = torch.from_numpy(random_image((1, 64, 64)).astype("f4"))[None] / 1e4
+    with torch.inference_mode():  # as what the engine uploads
+        image = torch.from_numpy(random_image((1, 64, 64)).astype("f4"))[None] / 1e4
     stop = threading.Event()
     first, _ = executor.run(image, None, stop), executor.run(image, None, stop)
     executor._compute.wait()

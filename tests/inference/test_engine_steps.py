@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 import threading
 import time
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from exact import Predictor, predict, predict_steps, segment, segment_steps
+from ticks import collect
 from whole_image import random_image, reference, trained_model
 
-from napari_unet.errors import BadInput, OutOfMemory
+from napari_unet.errors import BadInput, Cancelled, OutOfMemory
 from napari_unet.inference import backends, engine, executors, tile_run
 from napari_unet.inference.backends import Backend, Device, choose_device
 from napari_unet.inference.transfers import Transfers
@@ -32,15 +34,6 @@ def in_flight(request, monkeypatch):
     """How many tiles are computed at a time: several on a GPU."""
     monkeypatch.setattr(Transfers, "in_flight", request.param)
     return request.param
-
-
-def collect(steps):
-    ticks = []
-    while True:
-        try:
-            ticks.append(next(steps))
-        except StopIteration as stop:
-            return ticks, stop.value
 
 
 def check_ticks(ticks: list[Progress]) -> None:
@@ -229,6 +222,32 @@ def test_no_memory_is_refused(limit, model, image):
         predict(image, model, memory_limit=limit)
 
 
+def test_too_little_memory_is_refused_and_enough_is_named(model, image):
+    with pytest.raises(BadInput, match="limit of 1e-06 GB is too low") as told:
+        predict(image, model, memory_limit=1e-6)
+    enough = float(re.findall(r"allow ([\d.]+) GB", str(told.value))[0])
+    np.testing.assert_array_equal(
+        predict(image, model, memory_limit=enough), predict(image, model)
+    )
+
+
+def test_closing_ends_what_runs_beside(image, model):
+    """As objects that are made of a large plane."""
+    begun = threading.Event()
+
+    def endless_steps():
+        while True:
+            begun.set()
+            yield
+
+    predictor = Predictor(image, model)
+    running = predictor.submit_steps(endless_steps())
+    assert begun.wait(5)
+    predictor.close()
+    with pytest.raises(Cancelled):
+        running.result(timeout=5)
+
+
 def test_nothing_runs_before_the_first_step(image):
     predict_steps(image, slow_model(1)).close()
     assert not engine_threads()
@@ -414,10 +433,10 @@ class FullGpu:
     def run(self, image, keep, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    def empty_cache(self):
+    def release(self):
         pass
 
-    close = empty_cache
+    close = release
 
 
 def test_a_full_gpu_gives_way_to_the_cpu(monkeypatch, model, in_flight):

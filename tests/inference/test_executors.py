@@ -1,7 +1,9 @@
 """What runs the networks: the same answers, by torch and by OpenVINO."""
 
 import copy
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +121,8 @@ def test_an_executor_is_kept_for_the_next_image(model, image):
     first.close()
     second = Backend(model.network, "cpu")
     assert second._executor is executor
-    # One that is in use is not given to another.
+    # One that is in use is not given to another, however often the first is closed.
+    first.close()
     third = Backend(model.network, "cpu")
     assert third._executor is not executor
     for backend in (second, third):
@@ -161,6 +164,21 @@ def test_numbers_too_large_for_half_floats_are_computed_with_more(
     )
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_memory_is_given_back_with_an_executor(compiles, monkeypatch):
+    """Not only when Python next looks for objects that know each other."""
+    monkeypatch.setattr(executors, "can_compile", lambda device: compiles)
+    executor = TorchExecutor(trained_model().network, CPU, reduced=True)
+    executor.run(torch.ones(1, 1, 64, 64), None, threading.Event())
+    layer = weakref.ref(executor._network.head)
+    gc.disable()
+    try:
+        del executor
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
 def test_changed_weights_need_another_executor(image):
     model = trained_model()
     network = type(model.network).from_config(model.network.config)
@@ -172,14 +190,22 @@ def test_changed_weights_need_another_executor(image):
     after = predict(image, changing, precision="float32")
     np.testing.assert_allclose(after, reference(changing, image[None]), atol=1e-4)
     assert np.abs(after - before).max() > 0.1
+    with torch.no_grad():
+        kernels = network.bottleneck[0].weight
+        kernels[[0, 1]] = kernels[[1, 0]]
+    exchanged = predict(image, changing, precision="float32")
+    np.testing.assert_allclose(exchanged, reference(changing, image[None]), atol=1e-4)
+    assert np.abs(exchanged - after).max() > 1e-3
 
 
 @pytest.mark.parametrize("through", ["openvino", "torch"])
 def test_what_runs_ends_soon_after_closing(through, request):
     if through == "torch":
         request.getfixturevalue("by_torch")
-    backend = Backend(trained_model(base_channels=32, depth=4).network, "cpu")
-    ended = []
+    network = trained_model(base_channels=32, depth=4).network
+    backend = Backend(network, "cpu")
+    executor, small = backend._executor, torch.ones(1, 1, 64, 64)
+    expected, ended = backend.run(small), []
 
     def run():
         try:
@@ -195,4 +221,9 @@ def test_what_runs_ends_soon_after_closing(through, request):
     thread.join(2)
     assert ended == [True]
     with pytest.raises(Cancelled):
-        backend.run(torch.zeros(1, 1, 64, 64))
+        backend.run(small)
+    # What was stopped serves the next image.
+    after = Backend(network, "cpu")
+    assert after._executor is executor
+    np.testing.assert_array_equal(after.run(small), expected)
+    after.close()

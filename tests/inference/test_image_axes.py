@@ -9,6 +9,7 @@ import zarr
 from exact import predict, segment
 from whole_image import random_image, reference, trained_model
 
+from napari_unet import Annotation, fine_tune
 from napari_unet.errors import BadInput
 from napari_unet.inference import source as source_module
 from napari_unet.models.normalize import Normalization
@@ -316,3 +317,15 @@ def test_a_lazy_image_that_cannot_be_read_is_explained(model):
     broken = lazy.map_blocks(fail, dtype=np.uint8, meta=np.zeros((0, 0), np.uint8))
     with pytest.raises(BadInput, match="cannot be read: disk gone"):
         predict(broken, model)
+
+
+def test_what_is_no_image_and_no_model_is_said(tmp_path):
+    model, image = trained_model(depth=1), random_image((1, 20, 20))[0]
+    with pytest.raises(BadInput, match="'nuclei' is not a Model; load_model loads"):
+        segment(image, "nuclei")
+    with pytest.raises(BadInput, match=r"The image is a path, .*cells\.tif'; read"):
+        predict(tmp_path / "cells.tif", model)
+    with pytest.raises(BadInput, match=r"pixel_size=0\.3 does not name the axes"):
+        segment(image, model, pixel_size=0.3)
+    with pytest.raises(BadInput, match="'nuclei' is not a Model"):
+        fine_tune("nuclei", [Annotation(image, image > 0)])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from exact import predict, predict_steps, segment
+from ticks import notes_of
 from whole_image import random_image, reference, trained_model
 
 from napari_unet.errors import BadInput
@@ -13,18 +14,6 @@ DTYPES = [
     for kind in ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")
     for order in "<>"
 ]
-
-
-def notes_of(steps) -> tuple[list[str], np.ndarray]:
-    """Run to the end; return the notes and the result."""
-    notes = []
-    while True:
-        try:
-            progress = next(steps)
-        except StopIteration as stop:
-            return notes, stop.value
-        if progress.note:
-            notes.append(progress.note)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage import draw
+from ticks import collect
 from whole_image import EXAMPLES, random_image, trained_model
 
 from napari_unet.inference import segment as segment_module
@@ -472,12 +473,7 @@ def test_rows_of_tiles_make_the_same_objects(model, split, axes):
     }
     whole = segment(image, model, **options)
     steps = segment_module.segment_steps(image, model, tile_shape=(32, 32), **options)
-    ticks = []
-    try:
-        while True:
-            ticks.append(next(steps))
-    except StopIteration as end:
-        labels = end.value
+    ticks, labels = collect(steps)
     assert whole.max() > 10
     np.testing.assert_array_equal(labels, whole)
     assert labels.dtype == whole.dtype

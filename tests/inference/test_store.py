@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from ticks import collect
 from whole_image import trained_model
 
 from napari_unet.inference import store as store_module
@@ -73,18 +74,19 @@ def test_made_while_predicting_and_again_they_are_the_same(model, stack, setting
     ],
     ids=["stack", "plane", "part", "beyond memory", "other order"],
 )
-def test_whole_planes_are_looked_up_while_the_network_computes(
+def test_objects_of_whole_planes_are_made_while_the_network_computes(
     model, shape, axes, region, limit, places, monkeypatch
 ):
     monkeypatch.setattr(store_module, "MAX_BYTES", limit)
     image = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
     predictor = Predictor(image, model, axes=axes, region=region)
     kept = store_module.ProbabilityStore((1, *shape), axes, predictor.source.loop)
-    finders = run_to_end(kept.fill_steps(predictor, SETTINGS))
+    found = run_to_end(kept.fill_steps(predictor, SETTINGS))
+    assert set(found) == places
+    assert all(made.done() for made in list(found.values())[:-1])
+    labels = run_to_end(kept.label_steps(model, SETTINGS, found=found))[1]
     predictor.close()
-    assert set(finders) == places
-    labels = run_to_end(kept.label_steps(model, SETTINGS, finders=finders))[1]
-    assert not finders
+    assert not found
     np.testing.assert_array_equal(
         labels, run_to_end(kept.label_steps(model, SETTINGS))[1]
     )
@@ -142,12 +144,8 @@ def filled(probabilities: np.ndarray) -> store_module.ProbabilityStore:
 
 
 def steps_of(kept, model, settings, first):
-    steps, ticks = kept.label_steps(model, settings, first), []
-    try:
-        while True:
-            ticks.append(next(steps))
-    except StopIteration as end:
-        return ticks, end.value[1]
+    ticks, result = collect(kept.label_steps(model, settings, first))
+    return ticks, result[1]
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -27,7 +27,7 @@ def measured_and_expected(*arguments: object) -> tuple[float, ...]:
 @pytest.mark.parametrize("precision", ["auto", "float32"])
 @pytest.mark.parametrize("through", ["openvino", "torch"])
 def test_a_tile_takes_what_is_expected(through, precision):
-    measured, expected = measured_and_expected(through, precision, 768, 32)
+    measured, expected = measured_and_expected(through, precision, 768, 32, 0)
     # Tiles may take a third of the free memory, so that a little more does no harm.
     assert 0.5 * expected < measured < 1.25 * expected
 
@@ -35,11 +35,11 @@ def test_a_tile_takes_what_is_expected(through, precision):
 @pytest.mark.parametrize(("through", "limit"), [("openvino", 0.3), ("torch", 0.6)])
 def test_a_limit_is_kept_and_used(through, limit):
     """From nothing: also what compiling takes, and the weights."""
-    measured, expected = measured_and_expected(through, "auto", 768, 32, limit)
-    assert 0.4 * expected < measured <= expected
+    measured, expected = measured_and_expected(through, "auto", 768, 32, 96, limit)
+    assert 0.5 * expected < measured <= expected
 
 
 def test_tiles_of_several_shapes_take_no_more():
     """OpenVINO has memory for each."""
-    measured, expected = measured_and_expected("openvino", "auto", 768, 32, "", 4)
+    measured, expected = measured_and_expected("openvino", "auto", 768, 32, 0, "", 4)
     assert 0.5 * expected < measured < 1.5 * expected

@@ -64,8 +64,7 @@ def test_uploads_are_normalised_and_come_back(device, dtype):
     scaling = Normalization().fit(pixels)
     transfers = make_transfers(torch.device(device))
     image = transfers.upload(pixels, scaling)
-    with transfers.computing(image):
-        pending = transfers.download(2 * image[0])
+    pending = transfers.compute(image, lambda: 2 * image[0])
     np.testing.assert_allclose(pending(), 2 * scaling.apply(pixels), rtol=1e-6)
 
 

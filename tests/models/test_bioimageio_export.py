@@ -398,8 +398,8 @@ def test_a_changed_passport_or_config_in_a_package_is_refused(tmp_path):
             import_package(changed(**(whole | own)))
 
 
-def test_the_library_exports_packages(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+@pytest.mark.usefixtures("own_library")
+def test_the_library_exports_packages(tmp_path):
     model = make("default")
     import_model(save_model(model, tmp_path / "cells.safetensors"))
     path = export_model("cells", tmp_path / "out.zip", authors=["Ada"])

@@ -581,8 +581,8 @@ def test_torchscript_needs_consent(tmp_path):
 # --- in the program -----------------------------------------------------------
 
 
-def test_the_library_and_load_model_take_packages(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+@pytest.mark.usefixtures("own_library")
+def test_the_library_and_load_model_take_packages(tmp_path):
     made = Written(before=standard, after=sigmoid)
     content = made.content([ZERO_MEAN], [{"id": "sigmoid"}])
     for source in (

@@ -21,8 +21,8 @@ def described(**scores: float) -> str:
     [
         ({}, "object · 2D"),
         ({"loss": 0.3, "old AP@0.5": 0.5}, "object · 2D"),
-        (FINE_TUNED, "object · 2D · AP\u00a00.82"),
-        (FINE_TUNED | {"held_out_ap50": 0.5}, "object · 2D · AP\u00a00.50"),
+        (FINE_TUNED, "object · 2D · AP50\u00a00.82"),
+        (FINE_TUNED | {"held_out_ap50": 0.5}, "object · 2D · AP50\u00a00.50"),
         ({"F1@0.5": 0.9, "IoU": 0.71}, "object · 2D · F1\u00a00.90"),
         ({"held_out_mean_ap": 0.54}, "object · 2D · mean AP\u00a00.54"),
         ({"held_out_dice": 0.93}, "object · 2D · Dice\u00a00.93"),
@@ -34,4 +34,4 @@ def test_the_held_out_score_that_there_is(scores, words):
 
 
 def test_the_bundled_model():
-    assert "AP\u00a00.83" in load_model("nuclei").describe()
+    assert "AP50\u00a00.83" in load_model("nuclei").describe()

@@ -20,12 +20,11 @@ from napari_unet.models.trash import remove_model, restore_model
 
 
 @pytest.fixture
-def family(tmp_path, monkeypatch, trained):
+def family(own_library, tmp_path, monkeypatch, trained):
     """Fine-tuned in this order: nuclei > cells > best, nuclei > other; and alone."""
     bundled = tmp_path / "bundled"
     bundled.mkdir()
     monkeypatch.setattr(library, "BUNDLED", bundled)
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
     library_dir().mkdir(parents=True)
     base = trained()
     save_model(base, bundled / "nuclei")

@@ -38,14 +38,13 @@ from napari_unet.models.trash import list_removed, remove_model, restore_model
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(own_library, tmp_path, monkeypatch):
     """The user's folder and one bundled model in folders of their own."""
     bundled = tmp_path / "bundled"
     bundled.mkdir()
     monkeypatch.setattr(library, "BUNDLED", bundled)
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "home"
+    return own_library.parent
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import tifffile
 import torch
 from cli_cases import call, write_image
 from onnx_files import unet_file
+from ticks import notes_of
 
 from napari_unet.errors import BadInput, BadModel, OutOfMemory
 from napari_unet.inference import engine
@@ -39,23 +40,12 @@ def imported(network, sides=(None, None), **options) -> Model:
     return import_onnx(unet_file(network, sides, **options), "cells")
 
 
-def noted(steps):
-    """What was said, and the result."""
-    notes = []
-    while True:
-        try:
-            tick = next(steps)
-        except StopIteration as end:
-            return notes, end.value
-        notes += [tick.note] if tick.note else []
-
-
 def test_tiles_agree_with_our_own_network(network, image):
     """Its halo is enough, so that blending changes nothing."""
     expected = predict(image, Model(network), device="cpu", precision="float32")
     model = imported(network)
     for tile in (None, (40, 64)):
-        notes, found = noted(predict_steps(image, model, tile_shape=tile))
+        notes, found = notes_of(predict_steps(image, model, tile_shape=tile))
         np.testing.assert_allclose(found, expected, atol=1e-4)
         blended = "The tiles are blended, so that the result depends a little"
         assert [note.startswith(blended) for note in notes] == [True] * (
@@ -145,7 +135,7 @@ def test_smaller_tiles_when_memory_runs_out(trained, monkeypatch):
     model = imported(network)
     share = 25e6 / psutil.virtual_memory().total
     monkeypatch.setattr(onnx_network, "_MEMORY", share)
-    notes, found = noted(predict_steps(image, model, tile_shape=(512, 512)))
+    notes, found = notes_of(predict_steps(image, model, tile_shape=(512, 512)))
     assert "Memory ran out on cpu; going on with smaller tiles." in notes
     np.testing.assert_allclose(found, expected, atol=1e-4)
     monkeypatch.setattr(onnx_network, "_MEMORY", share / 30)
@@ -186,12 +176,31 @@ def test_a_gpu_that_onnxruntime_does_not_have(network, image, monkeypatch):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has the GPU")
     monkeypatch.setattr(engine, "choose_device", lambda wanted: Device("cuda"))
-    notes, found = noted(predict_steps(image, imported(network), device="cuda"))
+    notes, found = notes_of(predict_steps(image, imported(network), device="cuda"))
     assert notes == [
         "This model is an ONNX network, which the installed onnxruntime runs on the "
         "CPU only. To use the GPU, install onnxruntime-gpu instead of it."
     ]
     assert found.shape == (2, 150, 170)
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cuda", {}), ("cuda:1", {"device_id": "1"})]
+)
+def test_the_gpu_that_was_named(device, chosen, network, monkeypatch):
+    import onnxruntime
+
+    session, asked = onnxruntime.InferenceSession, []
+
+    def watched(*args, providers, **options):
+        asked.append(providers)
+        return session(*args, providers=["CPUExecutionProvider"], **options)
+
+    program = imported(network).network
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    program.on(torch.device(device))
+    cpu = ("CPUExecutionProvider", {})
+    assert asked == [[("CUDAExecutionProvider", chosen), cpu]]
 
 
 def test_it_cannot_be_trained(network, image):
@@ -206,13 +215,13 @@ def test_it_cannot_be_trained(network, image):
     assert Model(network).untrainable_reason == ""
 
 
-def test_the_command_line(network, image, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+@pytest.mark.usefixtures("own_library")
+def test_the_command_line(network, image, tmp_path, capsys):
     file = tmp_path / "theirs.onnx"
     file.write_bytes(unet_file(network, (96, 96)))
     assert call(capsys, "models", "import", file).code == 0
     told = call(capsys, "models", "info", "theirs")
-    assert "which runs as it is, for images of 96 x 96 pixels only" in told.out
+    assert "which runs as it is, in tiles of 96 x 96 pixels" in told.out
     plane = write_image(tmp_path / "images" / "cells.tif", image)
     for model in ("theirs", file):
         out = tmp_path / "out" / str(len(str(model)))

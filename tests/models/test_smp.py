@@ -12,8 +12,8 @@ from napari_unet.models.checkpoint import model_sha256, read_header, save_model
 from napari_unet.models.library import import_model, load_model
 from napari_unet.models.safety import read_checked
 from napari_unet.models.smp import prefix_of
-from napari_unet.network.config import ProgramConfig
 from napari_unet.network.program import build_program
+from napari_unet.network.program_config import ProgramConfig
 
 # Encoder, keyword arguments: one of each family that is told by its layers.
 FAST = [
@@ -168,8 +168,8 @@ def test_a_lightning_checkpoint(unet, tmp_path):
     assert_same(load_model(path), network)
 
 
-def test_through_our_file_and_the_library(unet, tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
+@pytest.mark.usefixtures("own_library")
+def test_through_our_file_and_the_library(unet, tmp_path):
     network = unet("resnet18", **SMALL, in_channels=1, classes=2)
     folder = tmp_path / "yeast"
     network.save_pretrained(folder)

@@ -48,13 +48,11 @@ from napari_unet.models.trust import Limits, convert_steps, explain
 from napari_unet.models.trust_child import OUT_OF_MEMORY, PROBLEM, WEIGHTS
 from napari_unet.steps import Progress, run_to_end
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("own_library"),
+]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what Linux alone offers")
-
-
-@pytest.fixture(autouse=True)
-def own_library(tmp_path, monkeypatch):
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
 
 
 # --- what is taken -----------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from napari_unet.network.config import UNetConfig
 from napari_unet.network.cropping import can_crop, cropping
-from napari_unet.network.folding import fold_norms
+from napari_unet.network.folding import fold
 from napari_unet.network.unet import UNet
 
 
@@ -105,7 +105,7 @@ def test_networks_that_need_all_of_a_map_are_not_cropped(change):
 def test_folding_batch_norms_changes_nothing(config):
     network = trained(config)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    folded = fold_norms(network)
+    folded = fold(network)
     image = torch.randn(1, config.in_channels, *[4 << config.depth] * config.ndim)
     with torch.inference_mode():
         expected = network(image)

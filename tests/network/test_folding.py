@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from napari_unet.network.folding import join_upsampling, joining_saves
+from napari_unet.network.folding import fold, join_upsampling, joining_saves
+from napari_unet.network.unet import UNet
 
 
 def layers(ndim: int, padding: int, *, skip=3, before=8, between=4, after=5):
@@ -66,3 +67,27 @@ def test_only_what_saves_multiplications_is_joined():
     assert joining_saves(up, conv)
     narrow, conv = layers(2, 1, before=16, between=2, after=8)
     assert not joining_saves(narrow, conv)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@torch.inference_mode()
+def test_repeating_and_convolving_are_one(ndim, padding):
+    """Also at the far edge, where the convolution looks at nothing."""
+    torch.manual_seed(0)
+    network = UNet(
+        *(1, 2),
+        depth=1,
+        base_channels=3,
+        upsampling="nearest",
+        padding=padding,
+        ndim=ndim,
+    )
+    network.eval()
+    random = torch.get_rng_state()
+    folded = fold(network)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert isinstance(folded.up[0].conv, nn.ConvTranspose2d | nn.ConvTranspose3d)
+    assert isinstance(network.up[0].conv, nn.Conv2d | nn.Conv3d)
+    image = torch.randn(2, 1, *[20, 24, 22][:ndim])
+    torch.testing.assert_close(folded(image), network(image), atol=1e-5, rtol=1e-5)

@@ -6,13 +6,9 @@ from hypothesis import strategies as st
 
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.inference.tiling import centred_input_box, tile_grid
-from napari_unet.network.config import (
-    ProgramConfig,
-    UNetConfig,
-    config_from_dict,
-    settings_of,
-)
+from napari_unet.network.config import UNetConfig, config_from_dict
 from napari_unet.network.program import build_program
+from napari_unet.network.program_config import ProgramConfig, settings_of
 from napari_unet.network.receptive_field import receptive_field
 
 SIDES = st.integers(1, 300)

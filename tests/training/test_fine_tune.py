@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,16 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from ticks import collect
 from torch.nn.modules.module import register_module_forward_hook
 
 from napari_unet import Annotation, Model, TrainingSettings, UNet, fine_tune
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.checkpoint import model_sha256
 from napari_unet.models.model import BorderWeights
+from napari_unet.steps import run_to_end
 from napari_unet.training import loop
 from napari_unet.training.fine_tune import (
     TrainingStep,
     View,
+    _start_steps,
     fine_tune_project_steps,
     fine_tune_steps,
 )
@@ -83,16 +87,6 @@ def assert_same(model, other):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
-
-
-def collect(steps):
-    """Return all steps and the result."""
-    found = []
-    while True:
-        try:
-            found.append(next(steps))
-        except StopIteration as stop:
-            return found, stop.value
 
 
 def test_from_scratch_it_learns_and_tells_how():
@@ -267,17 +261,28 @@ def test_a_resumed_training_tells_its_past(tmp_path, done):
 
 
 def test_slow_steps_are_saved_more_often(tmp_path, monkeypatch):
-    from napari_unet.training import fine_tune as module
-
     path, annotations = tmp_path / "training.snapshot", [Annotation(*discs(0))]
     stopped_after(3, fine_tune_steps(tiny(), annotations, QUICK, snapshot=path))
     assert not path.exists()
-    monkeypatch.setattr(module, "_SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(loop, "_UNSAVED", 0.0)
     stopped_after(3, fine_tune_steps(tiny(), annotations, QUICK, snapshot=path))
     resumed = fine_tune_steps(tiny(), annotations, QUICK, snapshot=path, resume=True)
     steps, better = collect(resumed)
     assert next(step.done for step in steps if step.loss is not None) == 4
     assert_same(fine_tune(tiny(), annotations, QUICK), better)
+
+
+def test_fast_steps_are_not_held_up_by_saving_at_every_look(tmp_path, monkeypatch):
+    path, annotations = tmp_path / "training.snapshot", [Annotation(*discs(0))]
+    training = run_to_end(_start_steps(tiny(), annotations, QUICK, path, False, None))
+    training._device = torch.device("cuda")
+    training.save_in_time(has_looked=True)
+    assert not path.exists()
+    monkeypatch.setattr(loop, "_UNSAVED_ON_GPU", 0.0)
+    training.save_in_time(has_looked=False)
+    assert not path.exists()
+    training.save_in_time(has_looked=True)
+    assert read_snapshot(path).snapshot.step == 0
 
 
 def test_a_snapshot_of_another_training_is_refused(tmp_path):
@@ -310,8 +315,8 @@ def test_cancelling_at_any_yield_leaves_no_half_written_file(tmp_path):
     path.unlink()
     for stop in range(0, count + 1, 2):
         steps = fine_tune_steps(tiny(), annotations, settings, snapshot=path)
-        for _ in range(stop):
-            next(steps)
+        for _ in islice(steps, stop):  # there may be fewer heartbeats than before
+            pass
         steps.close()
         assert list(tmp_path.iterdir()) in ([], [path])
         if path.exists():
@@ -355,6 +360,28 @@ def test_it_stops_early_and_says_so():
     assert last == best + 2
     assert steps[-1].done == last
     assert sum(bool(step.note) for step in steps) == 1
+
+
+def test_old_and_new_are_judged_alike():
+    """What has learnt nothing is no better, and what is said is in the passport."""
+    annotations = [Annotation(*discs(seed)) for seed in range(2)]
+    learning = QUICK.model_copy(update={"steps": 40})
+    base = fine_tune(tiny(norm=None), annotations, learning)
+    # So that trying all ways to make objects finds better ones than a few do.
+    changes = {"threshold": 0.99, "grow": 2}
+    base.passport = base.passport.model_copy(update=changes)
+    notes, scores = {}, {}
+    for rate in (1e-12, 0.02):
+        settings = learning.model_copy(update={"learning_rate": rate})
+        steps, better = collect(fine_tune_steps(base, annotations, settings))
+        notes[rate] = " ".join(step.note for step in steps)
+        scores[rate] = better.passport.history[-1].scores
+        now, before = (scores[rate][f"{old}F1@0.5"] for old in ("", "old "))
+        is_said = f"not better than the old one (F1 {now:.2f}, before {before:.2f})"
+        losses = [scores[rate][f"{old}loss"] for old in ("", "old ")]
+        assert (is_said in notes[rate]) == ((now, -losses[0]) <= (before, -losses[1]))
+    assert scores[1e-12]["F1@0.5"] == scores[1e-12]["old F1@0.5"] > 0
+    assert scores[1e-12]["AP@0.5"] == scores[1e-12]["old AP@0.5"]
 
 
 def test_more_classes_replace_the_last_layer_and_more_channels_the_first():
@@ -529,7 +556,6 @@ def test_settings_survive_json():
 
 def test_what_got_its_name_meanwhile_stays(tmp_path):
     from napari_unet import load_model, save_model
-    from napari_unet.steps import run_to_end
 
     annotation = Annotation(*discs(0), regions=[np.array([[0, 0], [0, 63], [63, 63]])])
     project = save_project(tmp_path / "project", [annotation], QUICK, name="mine")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from ticks import collect
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -59,15 +60,6 @@ def annotations(**options):
         labels[top : top + 12, left : left + 10] = number + 1
     image = 600.0 * (labels > 0) + random.normal(0, 60, labels.shape)
     return [Annotation(image, labels, **options)]
-
-
-def collect(steps):
-    found = []
-    while True:
-        try:
-            found.append(next(steps))
-        except StopIteration as stop:
-            return found, stop.value
 
 
 def assert_same(model, other):

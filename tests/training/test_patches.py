@@ -15,6 +15,7 @@ from napari_unet.inference.backends import Backend
 from napari_unet.inference.settings import ObjectSettings
 from napari_unet.models.model import BorderWeights
 from napari_unet.network.config import UNetConfig
+from napari_unet.steps import run_to_end
 from napari_unet.training.annotations import Truth, derive_truths
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.patches import Patches, TrainingImage
@@ -27,18 +28,10 @@ from napari_unet.training.weight_map import border_weight_map
 CPU = torch.device("cpu")
 
 
-def result_of(steps):
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
-
-
 def prepare(model, annotations, **changes):
     options = {"augmentation": NO_AUGMENTATION, "batch_size": 2, **changes}
     chosen = TrainingSettings(**options)
-    return result_of(prepare_steps(model, annotations, chosen, CPU))
+    return run_to_end(prepare_steps(model, annotations, chosen, CPU))
 
 
 def tiny(**options):
@@ -442,14 +435,15 @@ def test_the_threshold_is_kept_unless_another_is_better():
     recommended = ObjectSettings.recommended(passport)
     sure = [predicted(truth, known, labels)]
     assert (
-        result_of(tune_steps(sure, passport, (0.3, 0.7), (0, 1), (0, 9))) == recommended
+        run_to_end(tune_steps(sure, passport, (0.3, 0.7), (0, 1), (0, 9)))
+        == recommended
     )
     low = [predicted(0.4 * truth, known, labels)]
-    chosen = result_of(tune_steps(low, passport, (0.3, 0.7), (0, 1), (0,)))
+    chosen = run_to_end(tune_steps(low, passport, (0.3, 0.7), (0, 1), (0,)))
     assert chosen == replace(recommended, threshold=0.3)
     truth[:, 35, 2::2] = 0.9  # crumbs
     crumbs = [predicted(truth, known, labels)]
-    chosen = result_of(tune_steps(crumbs, passport, (0.7,), (0,), (0, 9)))
+    chosen = run_to_end(tune_steps(crumbs, passport, (0.7,), (0,), (0, 9)))
     assert chosen == replace(recommended, threshold=0.7, minimal_size=9)
 
 
@@ -461,7 +455,7 @@ def test_objects_are_split_where_that_finds_more_of_them():
     known = np.ones(labels.shape, bool)
     touching = predicted((labels > 0)[None].astype(np.float32), known, labels)
     passport = tiny().passport
-    chosen = result_of(tune_steps([touching], passport, (0.5,), (0,), (0,)))
+    chosen = run_to_end(tune_steps([touching], passport, (0.5,), (0,), (0,)))
     assert chosen == replace(ObjectSettings.recommended(passport), split_touching=True)
 
 

@@ -512,11 +512,12 @@ def weights(path):
 
 
 @pytest.mark.parametrize("base", ["in the folder", "named", "new"])
-def test_a_stopped_training_goes_on_from_its_folder(tmp_path, monkeypatch, base):
+def test_a_stopped_training_goes_on_from_its_folder(
+    tmp_path, own_library, request, base
+):
     if base == "new":
-        monkeypatch.setattr("napari_unet.training.adapt.UNet", Small)
-    monkeypatch.setenv("NAPARI_UNET_HOME", str(tmp_path / "home"))
-    (tmp_path / "home" / "models").mkdir(parents=True)
+        request.getfixturevalue("small_new_models")
+    own_library.mkdir(parents=True)
     folder = tmp_path / "a.project"
     named = "tiny" if base == "named" else ""
     save_project(folder, [learnable(0), learnable(1)], QUICK, base=named, name="mine")
@@ -524,7 +525,7 @@ def test_a_stopped_training_goes_on_from_its_folder(tmp_path, monkeypatch, base)
     if base == "in the folder":
         save_model(tiny, folder / BASE_FILE)
     elif base == "named":
-        save_model(tiny, tmp_path / "home" / "models" / "tiny")
+        save_model(tiny, own_library / "tiny")
     whole = run_to_end(fine_tune_project_steps(folder, tmp_path / "whole"))
     steps = fine_tune_project_steps(folder, tmp_path / "halves")
     for step in steps:
@@ -545,13 +546,8 @@ def test_a_stopped_training_goes_on_from_its_folder(tmp_path, monkeypatch, base)
         assert torch.equal(one, other)
 
 
-class Small(UNet):
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **{**options, "base_channels": 2, "depth": 1})
-
-
-def test_a_training_of_what_was_painted_since_is_not_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr("napari_unet.training.adapt.UNet", Small)
+@pytest.mark.usefixtures("small_new_models")
+def test_a_training_of_what_was_painted_since_is_not_resumed(tmp_path):
     save_project(tmp_path, [learnable(0), learnable(1)], QUICK)
     steps = fine_tune_project_steps(tmp_path, tmp_path / "mine")
     while next(steps).done < 5:

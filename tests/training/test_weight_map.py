@@ -114,6 +114,16 @@ def test_by_torch_the_weights_are_the_same(shape, preset, device):
     assert_allclose(weights, border_weight_map(labels, preset=preset), atol=2e-5)
 
 
+def test_a_full_gpu_leaves_the_weights_to_the_processor(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    labels = cut_gaps(discs((60, 50), 10, seed=0))
+    monkeypatch.setattr(module, "_nearest_in", full)
+    weights = border_weight_map(labels, device="cpu")
+    assert_array_equal(weights, border_weight_map(labels))
+
+
 def test_unknown_pixels_weigh_nothing_and_do_not_count():
     labels = cut_gaps(discs((60, 60), 20, seed=0))
     known = np.zeros(labels.shape, bool)

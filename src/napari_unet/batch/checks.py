@@ -6,7 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from napari_unet.batch.plan import RESERVED, few, identity, name_key
+from napari_unet.batch.plan import RESERVED, ZARR, few, identity, name_key
 from napari_unet.errors import BadInput, BadOutput
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def check_plan(items: Sequence[Item], folder: Path, *, overwrite: bool) -> None:
     Parameters
     ----------
     items : sequence of Item
-        From `plan_files` or `plan_batch`.
+        From `plan_files` or `plan_batch_steps`.
     folder : Path
         Where the results are written, or in subfolders of it.
     overwrite : bool
@@ -75,7 +75,7 @@ def check_batch(job: BatchJob, items: Sequence[Item], *, overwrite: bool) -> Non
     job : BatchJob
         Where the images are and where the results go.
     items : sequence of Item
-        From `plan_batch`.
+        From `plan_batch_steps`.
     overwrite : bool
         Whether results of an earlier run may be replaced.
 
@@ -146,7 +146,7 @@ def _check_target(target: Path) -> None:
     from napari_unet.files.atomic import MAX_NAME_BYTES, bad_output
 
     # An OME-Zarr is a folder, and may be there from an earlier run.
-    if os.path.isdir(target) and target.suffix != ".zarr":
+    if os.path.isdir(target) and target.suffix != ZARR:
         raise bad_output(target, IsADirectoryError(errno.EISDIR, ""))
     if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
         raise bad_output(target, OSError(errno.ENAMETOOLONG, ""))

@@ -131,7 +131,7 @@ def _ordered(model: Model, task: Task) -> Iterator[Order]:
             model=copy,
             sha256=model_sha256(model),
             topic=f"napari-unet-{name}",
-            versions=program_versions(),
+            versions=program_versions(model),
         )
     finally:
         with suppress(OSError):

@@ -62,7 +62,8 @@ def failed(item: Item, error: Exception, opened: Opened | None = None) -> Entry:
         raise error
     details = ""
     if isinstance(error, UnetError):
-        reason = str(error)
+        # Wherever the reason stands, the name is before it.
+        reason = str(error).removeprefix(item.image.name).lstrip(": ")
     elif isinstance(error, MemoryError):
         reason = "Memory ran out. Close other programs, or crop the image."
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from napari_unet.files.atomic import bad_output, make_scratch
 from napari_unet.files.images import ImageFile, read_image
 from napari_unet.files.scratch import Scratch
 from napari_unet.inference.engine import Predictor
-from napari_unet.inference.settings import ObjectSettings
+from napari_unet.inference.segment import take_settings
 from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
@@ -171,10 +171,7 @@ def compute_steps(
     known = {**image.pixel_size, **(task.pixel_size or {})}
     pixel_size = {axis: known[axis] for axis in image.axes if axis in known}
     options: Any = {**task.options, "axes": image.axes, "pixel_size": pixel_size}
-    settings = ObjectSettings.recommended(model.passport)
-    for name in ("threshold", "minimal_size", "split_touching"):
-        if (value := options.pop(name, None)) is not None:
-            settings = replace(settings, **{name: value})
+    settings = take_settings(options, model.passport)
     predictor = Predictor(image.data, model, **options)
     scratch = None
     try:
@@ -213,10 +210,10 @@ def _noting_steps(
 ) -> Generator[Progress, None, Found]:
     """Go through a generator and keep what it notes."""
 
-    def noted(step: Progress) -> Progress:
+    def noted(step: Progress) -> Generator[Progress, None, None]:
         if step.note:
             notes.append(step.note)
-        return step
+        yield step
 
     return mapped_steps(steps, noted)
 

@@ -17,6 +17,9 @@ from napari_unet.batch.plan import (
     INTERNAL,
     JOB,
     JOURNAL,
+    MEASUREMENTS,
+    REPORT,
+    SUMMARY,
     Item,
     few,
     identity,
@@ -114,6 +117,8 @@ def batch_steps(
                 f"{outdated} {were} done with another model, other settings or "
                 f"versions, and {are} done again."
             )
+        if not job.measure and (job.output / MEASUREMENTS).exists():
+            notes.append(f"{MEASUREMENTS} is of an earlier run: this one has none.")
         with journal:
             job.save(job.output / JOB)
             return (yield from run.steps(notes))
@@ -169,7 +174,7 @@ def complete_job(job: BatchJob, model: Model) -> BatchJob:
         raise BadModel(
             f"The model {job.model} is not the one that the job was made with (its "
             f"hash begins with {found[:8]} instead of {job.model_sha256[:8]}). Get "
-            "that one again, or name the model with --model to use this one."
+            "that one again, or choose this one anew (--model)."
         )
     settings = job.settings
     if model.inexact_reason and settings.tile is None:
@@ -179,7 +184,7 @@ def complete_job(job: BatchJob, model: Model) -> BatchJob:
         update={
             "model_sha256": found,
             "settings": settings,
-            "versions": program_versions(),
+            "versions": program_versions(model),
         }
     )
 
@@ -193,15 +198,27 @@ def other_images(job: BatchJob) -> Path | None:
     return None
 
 
+def foreign_tables(job: BatchJob) -> list[Path]:
+    """Return the tables in the output folder that are not of the job's images."""
+    tables = [job.output / name for name in (MEASUREMENTS, SUMMARY, REPORT)]
+    images = other_images(job)
+    # A folder that has gone may have been moved to where the job's images are.
+    is_elsewhere = images is not None and images.exists()
+    if not is_elsewhere and (job.output / JOURNAL).is_file():
+        return []
+    return [path for path in tables if os.path.lexists(path)]
+
+
 def _check_ownership(job: BatchJob, todo: Sequence[Item], journal: Journal) -> None:
     """Refuse to replace what this batch has not made."""
+    tables = foreign_tables(job)
     existing = [p for item in todo for p in item.outputs if os.path.lexists(p)]
-    if existing and (images := other_images(job)):
+    if (existing or tables) and (images := other_images(job)):
         raise BadOutput(
             f"{job.output} holds the results of the images in {images}; use "
             "--overwrite to replace them, or choose another output."
         )
-    foreign = [
+    foreign = tables + [
         path
         for item in todo
         for path in journal.foreign(item.name, item.outputs, job.output)

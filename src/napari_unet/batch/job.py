@@ -15,13 +15,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from napari_unet.errors import BadInput
 from napari_unet.files.atomic import atomic_path
+from napari_unet.network.program_config import ProgramConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from napari_unet.inference.segment import SegmentOptions
+    from napari_unet.models.model import Model
 
-__all__ = ["FILE_NAME", "BatchJob", "SegmentSettings", "program_versions"]
+__all__ = [
+    "FILE_NAME",
+    "BatchJob",
+    "SegmentSettings",
+    "program_versions",
+    "version_of",
+]
 
 FILE_NAME = "job.yaml"
 VERSION = 1
@@ -31,6 +39,8 @@ _HEADER = "# A batch of napari-unet; repeat it with: napari-unet batch --job job
 # Whose versions the results depend on.
 _PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
 OF_PROCESSORS = "openvino"  # computes where it is installed and there is no GPU
+# What computes networks that run as they are.
+_OF_KINDS = {"onnx": "onnxruntime", "smp": "segmentation-models-pytorch"}
 
 # Side of the tiles, by dimensions, for models whose result depends on it a little.
 # Fixed, so that it does not depend on the free memory.
@@ -242,18 +252,22 @@ class BatchJob(_Told):
 _FOLDERS = ("input", "output")
 
 
-def program_versions() -> dict[str, str]:
-    """Return the versions of the programs that the results depend on."""
-    found = {name: _version(name) for name in _PROGRAMS}
+def program_versions(model: Model) -> dict[str, str]:
+    """Return the versions of the programs that the results of a model depend on."""
+    names = [*_PROGRAMS, OF_PROCESSORS]
+    config = model.network.config
+    if isinstance(config, ProgramConfig):
+        names.append(_OF_KINDS[config.kind])
+    found = {name: version_of(name) for name in names}
+    return {name: number for name, number in found.items() if number}
+
+
+@cache  # it takes a millisecond
+def version_of(program: str) -> str:
+    """Return the version of a program, "" if it is not installed."""
     with suppress(PackageNotFoundError):
-        found[OF_PROCESSORS] = _version(OF_PROCESSORS)
-    return found
-
-
-@cache
-def _version(name: str) -> str:
-    """Return the version of a program, which takes a millisecond to find out."""
-    return version(name)
+        return version(program)
+    return ""
 
 
 def _is_path(model: str) -> bool:

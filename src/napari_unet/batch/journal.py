@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from napari_unet.errors import BadInput
 from napari_unet.files.atomic import bad_output
+from napari_unet.files.members import files_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -113,14 +114,14 @@ class Journal:
             try:
                 told = json.loads(line)
                 version, fingerprint = told.pop("journal"), told.pop("batch")
+                if version != VERSION:
+                    raise BadInput(
+                        f"{self.path} was written by another version of napari-unet; "
+                        "choose another output folder."
+                    )
                 entry = _ENTRY.validate_python(told)
             except (ValueError, AttributeError, KeyError, TypeError):
                 continue  # torn by a kill
-            if version != VERSION:
-                raise BadInput(
-                    f"{self.path} was written by another version of napari-unet; "
-                    "choose another output folder."
-                )
             self._last[entry.name] = fingerprint, entry
 
     @property
@@ -256,7 +257,7 @@ def size_of(path: Path) -> int:
             if not path.is_dir():
                 return before.st_size
             with suppress(OSError):
-                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                size = sum(file.stat().st_size for file in files_below(path))
             if os.path.samestat(before, path.stat()):
                 return size
         except OSError:

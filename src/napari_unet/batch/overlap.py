@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from napari_unet.batch.failure import failed
 from napari_unet.batch.file import FileStep, compute_steps, finish, read
 from napari_unet.errors import Cancelled
+from napari_unet.steps import mapped_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from napari_unet.batch.journal import Entry
     from napari_unet.batch.plan import Item
     from napari_unet.models.model import Model
+    from napari_unet.steps import Progress
 
 HEARTBEAT = 0.25  # seconds between two yields while something is waited for
 
@@ -110,17 +111,13 @@ class _Line:
         yield FileStep(item, 1.0, entry=entry)
 
     def _compute_steps(self, opened: Opened) -> Generator[FileStep, None, Segmented]:
-        with closing(compute_steps(opened, self._model, self._task)) as steps:
-            while True:
-                try:
-                    step = next(steps)
-                except StopIteration as stop:
-                    segmented: Segmented = stop.value
-                    return segmented
-                part = step.done / max(step.total, 1)
-                yield FileStep(opened.item, part, step.message, step.note)
-                if self._behind and self._behind[1].done():
-                    yield from self.settle_steps()
+        def follow(step: Progress) -> Generator[FileStep, None, None]:
+            part = step.done / max(step.total, 1)
+            yield FileStep(opened.item, part, step.message, step.note)
+            if self._behind and self._behind[1].done():
+                yield from self.settle_steps()
+
+        return mapped_steps(compute_steps(opened, self._model, self._task), follow)
 
     def _finish_steps(self, segmented: Segmented) -> Generator[FileStep, None, None]:
         try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from napari_unet.batch.job import BatchJob
 
 TIFF = (".tif", ".tiff")
+ZARR = ".zarr"
 PROBABILITIES = "_probabilities"
 
 # What a batch writes beside the results, and the folder for its own use.
@@ -90,10 +91,10 @@ def name_key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def few(names: Sequence[object], shown: int = 3) -> str:
-    """List some names and say how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(map(str, names[:shown])) + more
+def few(names: Sequence[object]) -> str:
+    """List three names and say how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, names[:3])) + more
 
 
 def plan_files(
@@ -116,7 +117,7 @@ def plan_files(
         If there are no images, or ``output`` cannot hold the results of all.
     """
     images = _find_images(inputs)
-    is_folder = os.path.isdir(output)
+    is_folder = os.path.isdir(output) and output.suffix != ZARR
     is_file = not is_folder and output.suffix.lower() in TIFF
     if is_file and len(images) > 1:
         raise BadInput(
@@ -179,7 +180,7 @@ def _members_steps(
 def _looks_like_image(path: Path) -> bool:
     from napari_unet.files.images import SUFFIXES
 
-    return path.suffix.lower() in SUFFIXES
+    return path.suffix.lower() in (*SUFFIXES, ZARR)
 
 
 def _probabilities_beside(labels: Path) -> Path:
@@ -227,11 +228,6 @@ def plan_batch_steps(job: BatchJob) -> Generator[Progress, None, list[Item]]:
         where = " and its subfolders" if job.recursive else ""
         raise BadInput(f"There are no images{like} in the folder {job.input}{where}.")
     return items
-
-
-def plan_batch(job: BatchJob) -> list[Item]:
-    """Plan a batch: the blocking form of `plan_batch_steps`."""
-    return run_to_end(plan_batch_steps(job))
 
 
 def _find_in_folder_steps(

@@ -227,7 +227,14 @@ def _settings(job: BatchJob, model: Model) -> list[tuple[str, object]]:
 
 
 def _plain(value: object) -> object:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case dict():  # the pixel size
+            return ", ".join(f"{axis} {size:g} µm" for axis, size in value.items())
+        case list():  # channels
+            return ", ".join(map(str, value))
+    return value
 
 
 def describe_methods(job: BatchJob, model: Model) -> str:

@@ -110,9 +110,9 @@ def nameless_steps(
 ) -> Generator[BatchProgress, None, Result]:
     """Tell now and then what is done beside the files."""
 
-    def named(tick: Progress) -> BatchProgress:
+    def named(tick: Progress) -> Generator[BatchProgress, None, None]:
         far = f"{tick.done:,} of {tick.total:,}"
-        return BatchProgress(done, total, f"{tick.message}, {far}")
+        yield BatchProgress(done, total, f"{tick.message}, {far}")
 
     return mapped_steps(seldom_steps(steps), named)
 

@@ -221,24 +221,31 @@ class Stitcher:
     ) -> Generator[Progress, None, Joined]:
         """Grow objects, but never into what is no pixel of the class for certain."""
         pieces = Pieces(into)
-        grow = self._settings.grow
+        object_of = object_of.astype(np.uint32)
         met_certain = False
         for box in self.blocks:
-            around = grown_box(box, grow, self._shape)
-            objects = object_of[np.asarray(store[around])]
-            if grow and objects.any():
-                objects = grow_objects(objects, grow)
-            objects = objects[inner_box(box, around)]
-            codes = np.asarray(self._codes[box])
-            certain = codes // 2 != index
-            met_certain |= bool(objects[certain].any())
-            objects[certain] = 0
-            local = components(objects)
-            keys = np.zeros(int(local.max(initial=0)) + 1, dtype=np.int64)
-            keys[local] = objects
-            pieces.add(box, local, codes == 2 * index + 1, keys)
+            met_certain |= self._grow_block(index, store, object_of, box, pieces)
             yield self._tick()
         return pieces.join(by_key=not met_certain)
+
+    def _grow_block(
+        self, index: int, store: Any, object_of: NDArray, box: Box, pieces: Pieces
+    ) -> bool:
+        """Grow the objects of one block; tell whether they met what is certain."""
+        around = grown_box(box, self._settings.grow, self._shape)
+        objects = object_of[np.asarray(store[around])]
+        if self._settings.grow and objects.any():
+            objects = grow_objects(objects, self._settings.grow)
+        objects = objects[inner_box(box, around)]
+        codes = np.asarray(self._codes[box])
+        certain = codes // 2 != index
+        met_certain = bool(objects[certain].any())
+        objects[certain] = 0
+        local = components(objects)
+        keys = np.zeros(int(local.max(initial=0)) + 1, dtype=np.int64)
+        keys[local] = objects
+        pieces.add(box, local, codes == 2 * index + 1, keys)
+        return met_certain
 
     def _write_steps(
         self, store: Any, numbers: NDArray[np.int64]

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from napari_unet.batch.checks import check_batch
-from napari_unet.batch.folder import complete_job, open_journal, other_images
+from napari_unet.batch.folder import (
+    complete_job,
+    foreign_tables,
+    open_journal,
+    other_images,
+)
 from napari_unet.batch.plan import JOURNAL, plan_batch_steps
-from napari_unet.errors import BadInput, BadModel
+from napari_unet.errors import BadInput
 from napari_unet.files.images import read_image
 from napari_unet.inference.source import open_source
-from napari_unet.models.checkpoint import model_sha256
 from napari_unet.steps import Progress, seldom_steps
 
 if TYPE_CHECKING:
@@ -38,7 +42,8 @@ class FileState:
         The image and its results.
     status : str
         "skipped" if it is done; "failed" or "waiting" if it is not; "other" if there
-        are results that were made in another way or changed since.
+        are results that were made in another way or changed since, or tables that
+        are not of these images.
     entry : Entry or None
         What became of it, if it is "skipped" or "failed".
     """
@@ -101,15 +106,9 @@ def survey_steps(job: BatchJob, model: Model) -> Generator[Progress, None, Surve
         Why the job cannot be done at all.
     """
     yield Progress(0, 1, "looking at the folder")
-    found = model_sha256(model)
-    if job.model_sha256 not in ("", found):
-        raise BadModel(
-            f"The model {job.model} is not the one that the job was made with. Get "
-            "that one again, or choose a model to use that."
-        )
+    job = complete_job(job, model)
     items = yield from seldom_steps(plan_batch_steps(job))
     check_batch(job, items, overwrite=True)
-    job = complete_job(job, model)
     files = yield from seldom_steps(_look_steps(items, job, open_journal(job, model)))
     doubt, pixel_size = _try_first(items[0], job, model)
     is_begun = (job.output / JOURNAL).is_file()
@@ -121,10 +120,12 @@ def _look_steps(
 ) -> Generator[Progress, None, list[FileState]]:
     entries = journal.entries
     is_elsewhere = other_images(job) is not None
+    are_foreign = bool(foreign_tables(job))
     files = []
     for number, item in enumerate(items):
         yield Progress(number, len(items), "looking at the results")
-        files.append(_look(item, job, journal, entries.get(item.name), is_elsewhere))
+        state = _look(item, job, journal, entries.get(item.name), is_elsewhere)
+        files.append(FileState(item, "other") if are_foreign else state)
     return files
 
 

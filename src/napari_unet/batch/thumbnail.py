@@ -61,7 +61,7 @@ def make_thumbnail(image: ImageFile, labels: Any, axes: str, channel: int = 0) -
 
 def _gray_levels(pixels: NDArray) -> NDArray[np.uint8]:
     """Stretch the contrast as viewers do."""
-    values = pixels.astype(np.float32)
+    values = pixels.astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = np.percentile(finite, (1, 99.8)) if finite.size else (0, 1)
     values = np.nan_to_num((values - low) / max(high - low, 1e-12), posinf=1, neginf=0)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from napari_unet.batch.failure import failed
 from napari_unet.batch.file import Task, compute_steps, finish, read
-from napari_unet.batch.job import OF_PROCESSORS, program_versions
+from napari_unet.batch.job import OF_PROCESSORS, version_of
 from napari_unet.errors import BadCluster, BadModel, Cancelled
 from napari_unet.files.atomic import sweep
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from napari_unet.batch.plan import Item
     from napari_unet.inference.backends import Device
     from napari_unet.models.model import Model
+    from napari_unet.steps import Progress
 
 CHECK = 1.0  # seconds between two looks whether the work is still wanted
 TELL = 0.5  # seconds between two messages about progress
@@ -152,21 +154,18 @@ def _sees(path: Path) -> bool:
 
 
 def _different_versions(wanted: Mapping[str, str], device: str) -> str:
-    own = program_versions()
-    names = [*wanted, *(own.keys() - wanted.keys())]
-    if device != "cpu":
-        names = [name for name in names if name != OF_PROCESSORS]
-    told = [
+    differ = []
+    for name in {**wanted, OF_PROCESSORS: ""}:
+        if name == OF_PROCESSORS and device != "cpu":
+            continue
         # "+cu130" and the like only says for which device torch is.
-        (
-            name,
-            *(versions.get(name, "none").split("+")[0] for versions in (own, wanted)),
+        has, needs = (
+            (number or "none").split("+")[0]
+            for number in (version_of(name), wanted.get(name))
         )
-        for name in names
-    ]
-    return ", ".join(
-        f"{name} {has} instead of {needs}" for name, has, needs in told if has != needs
-    )
+        if has != needs:
+            differ.append(f"{name} {has} instead of {needs}")
+    return ", ".join(differ)
 
 
 @lru_cache(maxsize=4096)
@@ -239,15 +238,11 @@ def _compute(
     check: Callable[[], None],
     tell: Callable[[float, str, str], None],
 ) -> Segmented:
-    with closing(compute_steps(opened, model, task)) as steps:
-        while True:
-            check()
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                segmented: Segmented = stop.value
-                return segmented
-            tell(step.done / max(step.total, 1), step.message, step.note)
+    def follow(step: Progress) -> None:
+        tell(step.done / max(step.total, 1), step.message, step.note)
+        check()
+
+    return run_to_end(compute_steps(opened, model, task), follow)
 
 
 def with_absolute_paths(item: Item) -> Item:

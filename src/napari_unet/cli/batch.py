@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from napari_unet.cli.options import (
+    MODEL,
     Augment,
     Axes,
     Channels,
@@ -24,7 +25,7 @@ from napari_unet.cli.options import (
     Split,
     Threshold,
     TileSide,
-    settings_of,
+    given,
 )
 from napari_unet.cli.progress import follow
 from napari_unet.cli.words import one_line
@@ -60,15 +61,6 @@ _Output = Annotated[
         help="Folder of the results, which is made if needed and in which they are "
         "named like the images.",
         show_default=False,
-    ),
-]
-_ModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help="Name of a model (see napari-unet models list) or path of its file.",
     ),
 ]
 _Pattern = Annotated[
@@ -130,7 +122,7 @@ _Scheduler = Annotated[
 def batch(
     input_folder: _Input = None,
     output_folder: _Output = None,
-    model: _ModelName = None,
+    model: Annotated[str | None, MODEL] = None,
     pattern: _Pattern = None,
     recursive: _Recursive = None,
     output_format: _FormatOption = None,
@@ -162,7 +154,7 @@ def batch(
 
     Example: napari-unet batch cells/ results/ -m nuclei --measure
     """
-    settings = settings_of(
+    settings = given(
         channels=channels,
         device=device,
         threshold=threshold,
@@ -173,43 +165,39 @@ def batch(
         test_time_augmentation=test_time_augmentation,
         precision=precision,
     )
-    given = {
-        "input": input_folder,
-        "output": output_folder,
-        "model": model,
-        "pattern": pattern,
-        "recursive": recursive,
-        "format": output_format.value if output_format else None,
-        "probabilities": probabilities,
-        "measure": measure,
-        "axes": axes,
-        "pixel_size": pixel_size,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    told = _job(job, given, settings)
+    told = given(
+        input=input_folder,
+        output=output_folder,
+        model=model,
+        pattern=pattern,
+        recursive=recursive,
+        format=output_format,
+        probabilities=probabilities,
+        measure=measure,
+        axes=axes,
+        pixel_size=pixel_size,
+    )
     how = {"resume": resume, "overwrite": overwrite, "scheduler": scheduler}
-    _run(told, how, quiet=quiet)
+    _run(_job(job, told, settings), how, quiet=quiet)
 
 
-def _job(
-    path: Path | None, given: dict[str, Any], settings: dict[str, Any]
-) -> BatchJob:
+def _job(path: Path | None, told: dict[str, Any], settings: dict[str, Any]) -> BatchJob:
     """Make a job of the options, and of a file if there is one."""
     from napari_unet.batch.job import BatchJob
 
     if path is None:
         needed = {"input": "IN_DIR", "output": "OUT_DIR", "model": "--model"}
-        missing = [text for name, text in needed.items() if name not in given]
+        missing = [text for name, text in needed.items() if name not in told]
         if missing:
             raise typer.BadParameter(
                 f"{' and '.join(missing)} missing; or give a job with --job."
             )
-        return BatchJob.of({**given, "settings": settings})
+        return BatchJob.of({**told, "settings": settings})
     loaded = BatchJob.load(path).model_dump()
-    if "model" in given:
-        given["model_sha256"] = ""
+    if "model" in told:
+        told["model_sha256"] = ""
     merged = {**loaded["settings"], **settings}
-    return BatchJob.of({**loaded, **given, "settings": merged})
+    return BatchJob.of({**loaded, **told, "settings": merged})
 
 
 def _run(job: BatchJob, how: dict[str, Any], *, quiet: bool) -> None:

@@ -98,7 +98,7 @@ _NewName = Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")]
 
 @models.callback()
 def _models() -> None:
-    """See which models there are, bring in others, rename and remove them.
+    """See, bring in, pass on, rename and remove models.
 
     Example: napari-unet models list
     """
@@ -106,7 +106,7 @@ def _models() -> None:
 
 @models.command("list")
 def list_all() -> None:
-    """List the models that come with napari-unet, your own, and removed ones.
+    """List all models, also removed ones.
 
     A model that was fine-tuned from another one stands below it.
 
@@ -247,7 +247,9 @@ def rename(name: _Name, new: _NewName) -> None:
 
 @models.command("remove")
 def remove(name: _Name) -> None:
-    """Put one of your models into the trash, where it is kept for 30 days.
+    """Put one of your models into the trash.
+
+    It is kept there for 30 days.
 
     Example: napari-unet models remove cells
     """

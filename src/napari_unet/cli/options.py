@@ -33,15 +33,12 @@ def _pixel_size(text: str) -> dict[str, float]:
     return dict(zip("ZYX"[-len(numbers) :], numbers, strict=True))
 
 
-ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help="Name of a model (see napari-unet models list) or path of its file.",
-    ),
-]
+MODEL = typer.Option(
+    "--model",
+    "-m",
+    metavar="MODEL",
+    help="Name of a model (see napari-unet models list) or path of its file.",
+)
 KeepProbabilities = Annotated[
     bool | None,
     typer.Option(
@@ -137,7 +134,8 @@ Augment = Annotated[
 PrecisionOption = Annotated[
     Precision | None,
     typer.Option(
-        help="float32: slower on a graphics card, the same numbers as on the CPU."
+        help="float32: nothing is rounded to 16 bits. Slower, and the same on all "
+        "devices to within rounding."
     ),
 ]
 Overwrite = Annotated[
@@ -146,28 +144,10 @@ Overwrite = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors.")]
 
 
-def settings_of(
-    *,
-    channels: list[int] | None,
-    device: str | None,
-    threshold: float | None,
-    minimal_size: int | None,
-    split_touching: bool | None,
-    tile: int | None,
-    memory_limit: float | None,
-    test_time_augmentation: bool | None,
-    precision: Precision | None,
-) -> dict[str, Any]:
-    """Return the fields of `SegmentSettings` that were given."""
-    given = {
-        "channels": tuple(channels) if channels else None,
-        "device": device,
-        "threshold": threshold,
-        "minimal_size": minimal_size,
-        "split_touching": split_touching,
-        "tile": tile,
-        "memory_limit": memory_limit,
-        "test_time_augmentation": test_time_augmentation,
-        "precision": precision.value if precision else None,
+def given(**options: Any) -> dict[str, Any]:
+    """Return the plain values of the options that were given."""
+    return {
+        name: value.value if isinstance(value, StrEnum) else value
+        for name, value in options.items()
+        if value is not None
     }
-    return {name: value for name, value in given.items() if value is not None}

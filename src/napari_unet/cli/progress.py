@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from napari_unet.cli.words import one_line
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -46,26 +46,21 @@ def follow(
     from tqdm import tqdm
 
     off = True if quiet else None  # None: off unless in a terminal
-    with (
-        closing(steps),
-        tqdm(
-            desc=title,
-            unit=f" {unit}",
-            file=sys.stderr,
-            leave=False,
-            disable=off,
-            bar_format=bar_format,
-        ) as bar,
-    ):
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
+    with tqdm(
+        desc=title,
+        unit=f" {unit}",
+        file=sys.stderr,
+        leave=False,
+        disable=off,
+        bar_format=bar_format,
+    ) as bar:
+
+        def draw(step: Step) -> None:
             on_step(step, bar)
             bar.total, bar.n = step.total, step.done
             bar.refresh()
+
+        return run_to_end(steps, draw)
 
 
 class Console:

@@ -10,6 +10,7 @@ import typer
 from napari_unet.batch.checks import check_plan
 from napari_unet.batch.plan import few, plan_files
 from napari_unet.cli.options import (
+    MODEL,
     Augment,
     Axes,
     Channels,
@@ -17,7 +18,6 @@ from napari_unet.cli.options import (
     KeepProbabilities,
     MemoryLimit,
     MinimalSize,
-    ModelName,
     Overwrite,
     PixelSize,
     PrecisionOption,
@@ -25,7 +25,7 @@ from napari_unet.cli.options import (
     Split,
     Threshold,
     TileSide,
-    settings_of,
+    given,
 )
 from napari_unet.cli.progress import Console
 from napari_unet.cli.words import one_line
@@ -62,7 +62,7 @@ _Output = Annotated[
 
 def segment(
     inputs: _Inputs,
-    model: ModelName,
+    model: Annotated[str, MODEL],
     output: _Output,
     probabilities: KeepProbabilities = None,
     axes: Axes = None,
@@ -101,7 +101,7 @@ def segment(
     console = Console(quiet)
     console.note(chosen.note)
     settings = SegmentSettings(
-        **settings_of(
+        **given(
             channels=channels,
             device=chosen.name,
             threshold=threshold,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from napari_unet.cli.options import Quiet, given
 from napari_unet.cli.pairs import pair_by_name, read_labels
 from napari_unet.cli.progress import follow
 from napari_unet.cli.words import one_line
-from napari_unet.errors import BadInput, BadOutput
+from napari_unet.errors import BadInput, BadOutput, Cancelled
 from napari_unet.steps import describe_seconds
 
 if TYPE_CHECKING:
@@ -145,7 +146,6 @@ _Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUT, or a snapshot, if there is one."),
 ]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors.")]
 
 
 def train(
@@ -164,7 +164,7 @@ def train(
     seed: _Seed = None,
     resume: _Resume = False,
     overwrite: _Overwrite = False,
-    quiet: _Quiet = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a model better with annotated images, or train a new one.
 
@@ -172,7 +172,7 @@ def train(
     file that is written has the network that was best there. What an annotation
     project says can be overridden by options.
 
-    Example: napari-unet train images/ labels/ -m nuclei -o nuclei-mine.safetensors
+    Example: napari-unet train images/ labels/ -m nuclei -o mine.safetensors
     """
     if (model and new) or not (model or new or labels is None):
         raise BadInput("Give either a model to start from with -m, or --new.")
@@ -191,9 +191,9 @@ def train(
     from napari_unet.training.fine_tune import fine_tune_steps
 
     task = _read_project(images) if labels is None else _read_pairs(pairs)
-    meaning = _given(unpainted=unpainted, labels_are=labels_are)
+    meaning = given(unpainted=unpainted, labels_are=labels_are)
     annotations = [replace(one, **meaning) for one in task.annotations]
-    changes = _given(steps=steps, preset=preset, seed=seed, device=device)
+    changes = given(steps=steps, preset=preset, seed=seed, device=device)
     if border_weights is not None:
         changes["border_weights"] = _border_weights(border_weights)
     settings = task.settings.model_copy(update=changes)
@@ -212,7 +212,14 @@ def train(
         snapshot=snapshot,
         resume=resume,
     )
-    better = _follow(training, output.name, quiet=quiet)
+    try:
+        better = _follow(training, output.name, quiet=quiet)
+    except KeyboardInterrupt:
+        if not snapshot.exists():
+            raise
+        raise Cancelled(
+            "Stopped by Ctrl-C. The same command with --resume goes on."
+        ) from None
     save_model(better, output)
     snapshot.unlink(missing_ok=True)
     if not quiet:
@@ -243,15 +250,6 @@ def _read_pairs(pairs: Sequence[tuple[str, Path, Path]]) -> _Task:
 
     annotations = [_read(image, labels) for _, image, labels in pairs]
     return _Task(annotations, TrainingSettings())
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Leave out the options that were not given."""
-    return {
-        key: value.value if isinstance(value, StrEnum) else value
-        for key, value in options.items()
-        if value is not None
-    }
 
 
 def _border_weights(preset: _BorderWeights) -> BorderWeights | None:

@@ -79,24 +79,6 @@ class Outline:
         return float(self._count / _count_inside(facets, self._shape))
 
 
-def solidity(mask: NDArray[Any]) -> float:
-    """Return the solidity of an object that lies in memory; see `Outline.solidity`.
-
-    Parameters
-    ----------
-    mask : bool array
-        The object in its bounding box, 2D or 3D.
-
-    Returns
-    -------
-    float
-        Between 0 and 1.
-    """
-    outline = Outline(mask.shape)
-    outline.add(mask, (0,) * mask.ndim)
-    return outline.solidity()
-
-
 def _count_inside(facets: NDArray[Any], shape: tuple[int, ...]) -> int:
     """Count the pixels of a box that lie on the inner side of all facets."""
     lines = np.indices(shape[:-1]).reshape(len(shape) - 1, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -12,10 +13,10 @@ from napari_unet.files.tiff_log import listening
 from napari_unet.files.tiff_metadata import read_ome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["is_part", "list_members", "state_of"]
+__all__ = ["files_below", "is_part", "list_members", "state_of"]
 
 
 def list_members(path: Path) -> list[Path]:
@@ -29,12 +30,11 @@ def list_members(path: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The file itself first; with it those that its OME-XML header names. The
-        files of an OME-Zarr in the order of their names. Of a file that cannot be
-        read only itself: to find out why is the reader's task.
+        The image itself first; with it the files that its OME-XML header names. Of
+        a file that cannot be read only itself: to find out why is the reader's task.
     """
     if path.is_dir():
-        return sorted(member for member in path.rglob("*") if member.is_file())
+        return [path]
     xml = _ome_xml(path)
     own, others = None, set()
     # Where the header is forged, or files are missing, nothing of it is believed.
@@ -63,7 +63,7 @@ def state_of(members: Iterable[Path]) -> tuple[int, int]:
     Parameters
     ----------
     members : iterable of Path
-        All its files, from `list_members`.
+        From `list_members`; of a folder all its files count.
 
     Returns
     -------
@@ -75,9 +75,24 @@ def state_of(members: Iterable[Path]) -> tuple[int, int]:
     states = []
     for member in members:
         with suppress(OSError):
-            states.append(member.stat())
+            files = files_below(member) if member.is_dir() else (member,)
+            for file in files:
+                states.append(file.stat())
     times = [state.st_mtime_ns for state in states]
     return sum(state.st_size for state in states), max(times, default=0)
+
+
+def files_below(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """Yield the files of a folder and its subfolders, without following links.
+
+    Those of an OME-Zarr may be a million, for each of which a path takes its time.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from files_below(entry.path)
+            elif entry.is_file():
+                yield entry
 
 
 def _ome_xml(path: Path) -> str:

@@ -11,6 +11,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from napari_unet.errors import BadInput
+from napari_unet.files.members import files_below
 from napari_unet.files.slabs import Slabs
 from napari_unet.files.source import (
     UNNAMED,
@@ -292,8 +293,8 @@ def _load(
     check_fits(path, math.prod(chunks.chunks) * itemsize, "one chunk")
     # Counted as files: zarr would go through every chunk that a header may declare.
     stored = sum(
-        file.name != "zarr.json" and not file.name.startswith(".") and file.is_file()
-        for file in level.rglob("*")
+        file.name != "zarr.json" and not file.name.startswith(".")
+        for file in files_below(level)
     )
     total = math.prod(
         -(-length // side)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import dask.array
 import numpy as np
 import psutil
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    import dask.array
     from numpy.typing import NDArray
 
 AXES = "TCZYXS"
@@ -285,6 +285,8 @@ def lazy_array(
     path: Path, source: Any, chunks: tuple[int, ...] | str
 ) -> dask.array.Array:
     """Make a dask array of whatever has a shape, a dtype and slicing."""
+    import dask.array  # takes a second the first time, and most images fit
+
     from_array: Any = dask.array.from_array
     array: dask.array.Array = from_array(
         source,

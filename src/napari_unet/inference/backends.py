@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -15,13 +17,14 @@ from napari_unet.inference.executors import Idle
 from napari_unet.inference.settings import DEVICES
 from napari_unet.inference.transfers import make_transfers
 from napari_unet.network.blocks import narrow
-from napari_unet.network.config import ProgramConfig, UNetConfig
+from napari_unet.network.config import UNetConfig
 from napari_unet.network.cropping import can_crop, cropping
 from napari_unet.network.program import Program
+from napari_unet.network.program_config import ProgramConfig
 from napari_unet.network.receptive_field import receptive_field
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -174,7 +177,9 @@ class Backend:
         self._network = network
         self._memory_limit = memory_limit
         self._stop = threading.Event()
-        self._running = threading.Lock()
+        self._turn = threading.Lock()  # to run the executor
+        self._changing = threading.Lock()  # whether it runs, and whether it is wanted
+        self._is_running = False
         self._key, self._executor = _idle.take(
             network, self.device, precision == "auto"
         )
@@ -187,14 +192,33 @@ class Backend:
 
     def close(self) -> None:
         """End what still runs, without waiting for it; keep the rest for the next."""
-        self._stop.set()
-        if self._running.acquire(blocking=False):
-            _idle.put(self._key, self._executor)
-            self._running.release()
-        else:
-            self._executor.stop()
+        with self._changing:
+            if self._stop.is_set():
+                return
+            self._stop.set()
+            if self._is_running:
+                self._executor.stop()
+            else:
+                _idle.put(self._key, self._executor)
 
-    @torch.inference_mode()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Take a turn with the executor; after the last one keep it for the next."""
+        with self._turn:
+            with self._changing:
+                if self._stop.is_set():
+                    raise Cancelled("The computation was stopped.")
+                self._is_running = True
+            try:
+                yield
+            finally:
+                with self._changing:
+                    self._is_running = False
+                    # A program that was told to stop would stop the next time, too.
+                    is_usable = not isinstance(self._network, Program)
+                    if self._stop.is_set() and is_usable:
+                        _idle.put(self._key, self._executor)
+
     def run(
         self,
         image: Tensor,
@@ -229,15 +253,14 @@ class Backend:
         Cancelled
             If it was closed meanwhile.
         """
-        with self._running:
-            if self._stop.is_set():
-                raise Cancelled("The computation was stopped.")
-            with self.transfers.computing(image):
-                if augment:
-                    probabilities = self._average_turned(image, keep)
-                else:
-                    probabilities = self._predict(image, keep)
-                pending = self.transfers.download(reduce(probabilities))
+
+        @torch.inference_mode()
+        def compute() -> Tensor:
+            predict = self._average_turned if augment else self._predict
+            return reduce(predict(image, keep))
+
+        with self._running():
+            pending = self.transfers.compute(image, compute)
         return pending()
 
     def _predict(self, image: Tensor, keep: Sequence[Span] | None) -> Tensor:
@@ -281,33 +304,56 @@ class Backend:
     def bytes_per_pixel(self) -> int:
         """Expected peak memory for each input pixel of a tile."""
         config = self.config
-        # At the end of the finest level live: the joined maps, a block's input
-        # and output, and the encoder's maps of the levels below.
-        maps = 6 * config.base_channels + 2 * config.num_classes + config.in_channels
+        # At the end of the finest level live: the joined maps, what a convolution
+        # takes and gives, and some that was not given back at once.
+        maps = 5 * config.base_channels + 2 * config.num_classes + config.in_channels
         return self._executor.itemsize * maps
 
     @property
     def max_input_pixels(self) -> int:
-        """Pixels of a tile, halo included, that fit comfortably into memory."""
+        """Pixels of a tile, halo included, that fit comfortably into memory.
+
+        Raises
+        ------
+        BadInput
+            If the limit is too low even for the smallest tile.
+        """
+        of_all = self.bytes_per_pixel * self._executor.tiles_at_once
         if self.device.type == "cuda":
             usable, largest = 0.6 * _free_of_gpu(self.device), LARGEST_GPU_TILE
         else:
             usable = psutil.virtual_memory().available / 3
             largest = LARGEST_CPU_TILE * 32 // max(32, self.config.base_channels)
         if self._memory_limit is not None:
-            usable = min(usable, self._memory_limit * 1e9 - self._fixed_bytes)
-        of_all = self.bytes_per_pixel * self._executor.tiles_at_once
+            allowed = self._memory_limit * 1e9 - self._fixed_bytes
+            if allowed < of_all * self._least_pixels:
+                needed = (of_all * self._least_pixels + self._fixed_bytes) / 1e9
+                raise BadInput(
+                    f"A memory limit of {self._memory_limit} GB is too low for this "
+                    f"network; allow {math.ceil(100 * needed) / 100} GB or more."
+                )
+            usable = min(usable, allowed)
         return max(1, min(int(usable / of_all), largest))
+
+    @property
+    def _least_pixels(self) -> int:
+        """Pixels of the smallest tile, halo included."""
+        field, config = receptive_field(self.config), self.config
+        if isinstance(config, ProgramConfig) and config.fixed_shape:
+            return math.prod(config.fixed_shape)
+        side = field.input_size(field.alignment + sum(field.halo))
+        return math.prod([side] * config.ndim)
 
     @property
     def _fixed_bytes(self) -> int:
         """Expected memory that does not depend on the tile: the weights, twice."""
         tensors = self._network.state_dict().values()
-        weights: int = sum(tensor.numel() for tensor in tensors)
+        # Of 32 bits, also in the bytes of a program's file.
+        weights: int = sum(tensor.nbytes for tensor in tensors) // 4
         return 2 * self._executor.itemsize * weights
 
-    def empty_cache(self) -> None:
-        """Give unused memory back, after it ran out."""
+    def release(self) -> None:
+        """Give unused memory back, until the next tile."""
         self._executor.release()
 
 

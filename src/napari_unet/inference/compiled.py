@@ -76,10 +76,12 @@ class CompiledLater:
         """Compute, with what is compiled for this shape if there is."""
         key = tuple(image.shape), cropping
         function = self._ready.get(key)
-        if function is not None:
+        # Before 2.13, torch runs nothing compiled while it compiles in another thread.
+        if function is not None and not self._is_compiling():
             return function(image, cropping)
         result = self._function(image, cropping)
-        self._consider(key, image)
+        if function is None:
+            self._consider(key, image)
         return result
 
     @classmethod
@@ -88,6 +90,11 @@ class CompiledLater:
         if cls._thread is not None:
             cls._thread.join()
 
+    @staticmethod
+    def _is_compiling() -> bool:
+        thread = CompiledLater._thread
+        return thread is not None and thread.is_alive()
+
     def _consider(self, key: Any, image: Tensor) -> None:
         """Begin to compile for a shape that is used much, if nothing else is."""
         shared = CompiledLater
@@ -95,8 +102,7 @@ class CompiledLater:
         with self._lock:
             first = self._first_used.setdefault(key, now)
             is_first_use = first == now
-            busy = shared._thread is not None and shared._thread.is_alive()
-            if is_first_use or now - first < USED_SECONDS or busy:
+            if is_first_use or now - first < USED_SECONDS or self._is_compiling():
                 return
             if shared._begun >= MOST_RESULTS:
                 return

@@ -7,10 +7,9 @@ edges: it does not depend on the tile size.
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,42 +18,30 @@ import torch
 
 from napari_unet.errors import BadInput
 from napari_unet.inference.assembly import Blend, Strips
-from napari_unet.inference.backends import (
-    Backend,
-    Precision,
-    choose_device,
-    is_out_of_memory,
-)
+from napari_unet.inference.backends import Backend, Precision, choose_device
 from napari_unet.inference.classify import keep_all
 from napari_unet.inference.grid import Grid
+from napari_unet.inference.machine import Machine
+from napari_unet.inference.opener import Opener
 from napari_unet.inference.plan import TilePlan
-from napari_unet.inference.source import Source, open_source
-from napari_unet.inference.tile_run import Machine, TileRun, heartbeats
-from napari_unet.network.config import ProgramConfig
+from napari_unet.inference.source import open_source
+from napari_unet.inference.tile_run import TileRun, heartbeats
+from napari_unet.network.program_config import ProgramConfig
 from napari_unet.steps import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from napari_unet.inference.assembly import Assembly
+    from napari_unet.inference.assembly import Assembly, Part
     from napari_unet.inference.classify import Reduction
+    from napari_unet.inference.opener import Box, Opened
     from napari_unet.inference.tiling import Tile
     from napari_unet.models.model import Model
-    from napari_unet.models.normalize import Scaling
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class _Known:
-    """What the parts of one prediction have found out about the image."""
-
-    # Of the whole image under (), of a plane under its place in the loop.
-    scalings: dict[tuple[int, ...], Scaling] = field(default_factory=dict)
-    non_finite: int = 0
 
 
 class Predictor:
@@ -109,39 +96,34 @@ class Predictor:
         self.region = self.source.full_region(region)
         self.units = list(self.source.units(self.region))
         config = model.network.config
-        if isinstance(config, ProgramConfig) and config.fixed_shape:
+        if isinstance(config, ProgramConfig):
             config.check_turned(test_time_augmentation)
         self._augment = test_time_augmentation
+        self._tile_shape = self._check_tile_shape(tile_shape)
+        sizes = self._check_pixel_size(pixel_size)
+        factors = model.rescaling(sizes)
+        if factors:
+            self.notes.append(model.describe_fit(sizes).capitalize() + ".")
+        self._grid = Grid.over(self.source.spatial_shape, factors)
         chosen = choose_device(device).that_runs(model.network)
-        self.notes += [chosen.note] if chosen.note else []
         backend_on = partial(
             Backend, model.network, precision=precision, memory_limit=memory_limit
         )
-        try:
-            backend = backend_on(chosen.name)
-        except Exception as error:
-            if chosen.name == "cpu" or not is_out_of_memory(error):
-                raise
-            self.notes.append(f"{chosen.name} is full; computing on the CPU.")
-            backend = backend_on("cpu")
+        self._machine = Machine(backend_on, chosen.name)
+        self.notes += [note for note in (chosen.note, self._machine.note) if note]
+        self._opener = Opener(
+            self.source,
+            self._grid,
+            model.passport.normalization,
+            self._machine.backend.transfers.count,
+            self.notes.append,
+        )
         self._is_part = False
-        factors = model.rescaling(dict(pixel_size or {}))
-        if factors:
-            fit = model.describe_fit(dict(pixel_size or {}))
-            self.notes.append(fit.capitalize() + ".")
-        self._grid = Grid.over(self.source.spatial_shape, factors)
-        self._given_tile_shape = tile_shape
-        self._machine, self._known = Machine(backend_on, backend), _Known()
-        self._max_input_pixels = backend.max_input_pixels
-        try:
-            self._set_tiles()
-        except BaseException:
-            self.close()
-            raise
-        if self.model.inexact_reason and len(self._plan.tiles) > 1:
+        self._set_tiles()
+        if model.inexact_reason and len(self._plan.tiles) > 1:
             self.notes.append(
                 "The tiles are blended, so that the result depends a little on the "
-                f"tile size: {self.model.inexact_reason}."
+                f"tile size: {model.inexact_reason}."
             )
 
     def within(self, region: Mapping[str, slice]) -> Predictor:
@@ -163,10 +145,7 @@ class Predictor:
         part._set_tiles()
         return part
 
-    def _set_tiles(self) -> None:
-        self._wanted = [self.region[axis] for axis in self.source.spatial]
-        self._opening: dict[int, Future[tuple[Source, Scaling]]] = {}
-        shape = self._given_tile_shape
+    def _check_tile_shape(self, shape: Sequence[int] | None) -> Sequence[int] | None:
         if shape is not None and (
             np.shape(shape) != (self.model.ndim,) or min(shape) < 1
         ):
@@ -174,12 +153,25 @@ class Predictor:
                 f"tile_shape={shape} does not name {self.model.ndim} positive sides "
                 f"for {self.source.spatial}."
             )
+        return shape
+
+    def _check_pixel_size(self, sizes: Mapping[str, float] | None) -> dict[str, float]:
+        if sizes is not None and not isinstance(sizes, Mapping):
+            raise BadInput(
+                f"pixel_size={sizes} does not name the axes; give micrometres for "
+                'each, for example {"Y": 0.3, "X": 0.3}.'
+            )
+        return dict(sizes or {})
+
+    def _set_tiles(self) -> None:
+        self._wanted = [self.region[axis] for axis in self.source.spatial]
+        self._opening: dict[int, Future[Opened]] = {}
         self._plan = TilePlan(
             self.model.network.config,
             self._grid.region(self._wanted),
             self._grid.shape,
-            tile_shape=shape,
-            max_input_pixels=self._max_input_pixels,
+            tile_shape=self._tile_shape,
+            max_input_pixels=self._machine.max_input_pixels,
             longest_side=self._machine.longest_side,
             is_turned=self._augment,
             is_blended=bool(self.model.inexact_reason),
@@ -271,37 +263,26 @@ class Predictor:
         OutOfMemory
             If not even the smallest tile fits on the CPU.
         """
-        unit = self.units[index]
-        while self.notes:
-            yield self._progress(index, 0, note=self.notes.pop(0))
+        yield from self._note_steps(index, 0)
         opening = self._opening.pop(index, None) or self._open(index)
-        source, scaling = yield from self._heartbeats(opening, index, 0)
+        opened = yield from self._heartbeats(opening, index, 0)
         if index + 1 < len(self.units):  # read while this one is computed
             self._opening[index + 1] = self._open(index + 1)
-        plan, is_whole = self._plan, self._grid.rescales or self._plan.is_blended
-        assembly: Assembly = Strips(plan.region, plan.tiles)
-        if is_whole:
-            assembly = Blend(plan.region, self._grid.shape, plan.is_blended)
-        read = partial(self._read, source, scaling, unit)
-        hand_on = partial(self._hand_on, source, unit, is_whole, reduce, take)
-        kept = keep_all if is_whole else reduce
-        run = TileRun(self._machine, plan, read, kept, augment=self._augment)
-        tiles = run.steps(partial(self._progress, index))
+        hand_on = partial(self._hand_on, opened, reduce, take)
+        parts = self._part_steps(opened, index, reduce)
         handing: Future[None] | None = None
         try:
             # Closed before what is handed on is waited for.
-            with closing(tiles):
-                for item in tiles:
+            with closing(parts):
+                for item in parts:
                     if isinstance(item, Progress):
                         yield item
                         continue
-                    for rows, part in assembly.add(*item):
-                        if handing is not None:
-                            yield from self.wait_steps(handing, index)
-                        handing = self.submit(hand_on, rows, part)
-                        del part
+                    if handing is not None:
+                        yield from self.wait_steps(handing, index)
+                    handing = self.submit(hand_on, *item)
+                    del item
             assert handing is not None
-            assembly.check_complete()
             yield from self.wait_steps(handing, index)
         finally:
             # Nothing may be written into files that are being removed.
@@ -309,98 +290,89 @@ class Predictor:
                 wait([handing])
         if index == len(self.units) - 1 and not self._is_part:
             self.notes += self.last_notes()
-        while self.notes:
-            yield self._progress(index, len(self._plan.tiles), note=self.notes.pop(0))
+        yield from self._note_steps(index, len(self._plan.tiles))
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether nothing can be handed on before all tiles are there."""
+        return self._grid.rescales or self._plan.is_blended
+
+    def _part_steps(
+        self, opened: Opened, index: int, reduce: Reduction
+    ) -> Generator[Progress | Part, None, None]:
+        """Predict the tiles, and yield parts of the grid as soon as they are complete.
+
+        They are reduced, but not if they have to be whole.
+        """
+        plan = self._plan
+        assembly: Assembly = Strips(plan.region, plan.tiles)
+        if self._is_whole:
+            assembly = Blend(plan.region, self._grid.shape, plan.is_blended)
+        read = partial(self._upload, opened)
+        kept = keep_all if self._is_whole else reduce
+        run = TileRun(self._machine, plan, read, kept, augment=self._augment)
+        with closing(run.steps(partial(self._progress, index))) as tiles:
+            for item in tiles:
+                if isinstance(item, Progress):
+                    yield item
+                else:
+                    yield from assembly.add(*item)
+        assembly.check_complete()
 
     def _hand_on(
         self,
-        source: Source,
-        unit: Mapping[str, int],
-        is_whole: bool,
+        opened: Opened,
         reduce: Reduction,
         take: Callable[[slice, NDArray], None],
         rows: slice,
         part: NDArray,
     ) -> None:
         """Give what is complete to who wants it."""
-        if is_whole:
+        if self._is_whole:
             part = self._grid.back(part, self._wanted)
             rows = slice(0, part.shape[1])
             part = reduce(torch.from_numpy(part)).numpy()
-        if source.dtype.kind == "f":
+        if opened.source.dtype.kind == "f":
             background = torch.zeros(self.output_shape[0], 1)
             background[0] = len(background) > 1  # a sigmoid has none
-            self._clear_non_finite(source, unit, rows, part, reduce(background).numpy())
+            start = [wanted.start for wanted in self._wanted]
+            start[0] += rows.start
+            cleared = reduce(background).numpy()
+            self._opener.clear_non_finite(opened, part, start, cleared)
         take(rows, part)
 
     def last_notes(self) -> list[str]:
         """Return what is known only when all parts of the image are predicted."""
-        count = self._known.non_finite
+        count = self._opener.non_finite
         if not count:
             return []
         if count == 1:
             return ["1 pixel is NaN or infinite; it is background."]
         return [f"{count} pixels are NaN or infinite; they are background."]
 
-    def _open(self, index: int) -> Future[tuple[Source, Scaling]]:
-        return self.submit(self._open_unit, self.units[index])
+    def _open(self, index: int) -> Future[Opened]:
+        box = self._reach() if self._is_part else None
+        return self.submit(self._opener.open, self.units[index], box)
 
-    def _open_unit(self, unit: Mapping[str, int]) -> tuple[Source, Scaling]:
-        """Read a unit if it is lazy and small, and fit the normalisation."""
-        how = self.model.passport.normalization
-        source = self._read_part(unit) if self._is_part else self.source.in_memory(unit)
-        of_plane = how.scope == "plane"
-        key = tuple(unit.values()) if of_plane else ()
-        scalings = self._known.scalings
-        if key not in scalings:
-            # What was read holds all that is needed if there is nothing else.
-            only = len(self.units) == 1 and not self.source.loop
-            is_all = not self._is_part and (of_plane or only)
-            fitted = source if is_all else self.source
-            count = self._machine.backend.transfers.count
-            scalings[key] = fitted.scaling(how, unit if of_plane else None, count)
-            if not of_plane and not scalings[key].gain.any():
-                self.notes.append("The image is constant: nothing can be found in it.")
-        return source, scalings[key]
-
-    def _read_part(self, unit: Mapping[str, int]) -> Source:
-        """Read at once what the tiles of a part need of a lazy image."""
+    def _reach(self) -> Box:
+        """Return the box of the image that the tiles of this part are made of."""
         boxes = [self._plan.input_box(tile)[:2] for tile in self._plan.tiles]
         start = np.min([box[0] for box in boxes], axis=0).tolist()
         stop = np.max([box[1] for box in boxes], axis=0).tolist()
-        return self.source.windowed(unit, *self._grid.reach(start, stop))
+        return self._grid.reach(start, stop)
 
-    def _read(
-        self, source: Source, scaling: Scaling, unit: Mapping[str, int], tile: Tile
-    ) -> Tensor:
+    def _upload(self, opened: Opened, tile: Tile) -> Tensor:
         """Read what a tile needs, and bring it to the device."""
         start, stop, _ = self._plan.input_box(tile)
-        pixels = self._grid.read(source, scaling, unit, start, stop)
-        return self._machine.backend.transfers.upload(*pixels)
-
-    def _clear_non_finite(
-        self,
-        source: Source,
-        unit: Mapping[str, int],
-        rows: slice,
-        part: NDArray,
-        background: NDArray,
-    ) -> None:
-        """Make pixels background where any channel is NaN or infinite."""
-        start = [wanted.start for wanted in self._wanted]
-        stop = [wanted.stop for wanted in self._wanted]
-        step = max(1, (1 << 24) // math.prod(part.shape[2:]))
-        for first in range(rows.start, rows.stop, step):
-            last = min(first + step, rows.stop)
-            low, high = [start[0] + first, *start[1:]], [start[0] + last, *stop[1:]]
-            bad = ~np.isfinite(source.read(unit, low, high)).all(axis=0)
-            if bad.any():
-                part[:, first - rows.start : last - rows.start][:, bad] = background
-                self._known.non_finite += int(bad.sum())
+        return self._machine.backend.transfers.upload(*opened.read(start, stop))
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
         """Run something beside the prediction; see `wait_steps`."""
         return self._machine.submit(function, *args)
+
+    def submit_steps(self, steps: Generator[Any, None, Result]) -> Future[Result]:
+        """Run a generator beside the prediction, at most until that is closed."""
+        return self._machine.submit_steps(steps)
 
     def wait_steps(
         self, future: Future[Result], index: int
@@ -414,11 +386,20 @@ class Predictor:
         yield from heartbeats([future], lambda: self._progress(index, done))
         return future.result()
 
+    def _note_steps(self, index: int, done: int) -> Generator[Progress, None, None]:
+        """Say what was not said yet."""
+        while self.notes:
+            yield self._progress(index, done, self.notes.pop(0))
+
     def _progress(self, index: int, done: int, note: str = "") -> Progress:
         before = index * len(self._plan.tiles)
         number = min(before + done + 1, self.total)
         message = f"tile {number} of {self.total}"
         return Progress(before + done, self.total, message, note)
+
+    def release(self) -> None:
+        """Give the network's working memory back, until the next tile."""
+        self._machine.backend.release()
 
     def close(self) -> None:
         """End everything that still runs, without waiting for it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from napari_unet.errors import Cancelled
 from napari_unet.inference.compiled import CompiledLater, can_compile
 from napari_unet.inference.openvino_executor import OpenVinoExecutor, can_execute
-from napari_unet.network.folding import fold_norms, split_first, split_values
+from napari_unet.inference.spread import spread_steps
+from napari_unet.network.folding import fold, split_first, split_values
 from napari_unet.network.program import Program
 from napari_unet.network.unet import UNet
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,37 +125,37 @@ class TorchExecutor:
         self._device, self._reduced = device, reduced
         self._dtype = _reduced_type(network, device) if reduced else torch.float32
         self.precision = str(self._dtype).removeprefix("torch.")
-        self._config = network.config
         self._network: Network
-        self._splits = False
+        splits = False
         if isinstance(network, UNet):
-            folded = fold_norms(network)
-            self._splits = self._dtype.itemsize == 2 and split_first(
-                folded, self._dtype
-            )
+            folded = fold(network)
+            splits = self._dtype.itemsize == 2 and split_first(folded, self._dtype)
             folded.to(device, self._dtype)
-            if self._config.ndim == 2:
+            if network.config.ndim == 2:
                 folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self._network = folded
         else:
             self._network = network.on(device).requires_grad_(False)
-        self._stop = threading.Event()
-        self._compute: Compute = self._forward
+        # Neither it nor the hooks know this object: what they hold is then given back
+        # as soon as this is not used any more.
+        forward = _Forward(self._network, self._dtype, splits)
+        self._compute: Compute = forward.compute
+        self._stops = [threading.Event()]
         self.tiles_at_once = 1
-        if isinstance(network, UNet) and reduced and can_compile(device):
-            self._compute = CompiledLater(self._forward)
+        # A network that is being trained is another one before it would be compiled.
+        stays = isinstance(network, UNet) and not network.training
+        if stays and reduced and can_compile(device):
+            self._compute = CompiledLater(forward.compute)
             self.tiles_at_once = 2  # one of them to compile with
         elif device.type != "cuda":
             # Between any two layers, so that a large tile on a slow CPU ends soon.
             for module in self._network.modules():
                 if not list(module.children()):
-                    module.register_forward_pre_hook(self._end_if_stopped)
+                    module.register_forward_pre_hook(
+                        partial(_end_if_stopped, self._stops)
+                    )
         if device.type == "cuda":  # tiles are computed in another stream
             torch.cuda.current_stream(device).synchronize()
-
-    def _end_if_stopped(self, module: nn.Module, inputs: Any) -> None:
-        if self._stop.is_set():
-            raise Cancelled("The computation was stopped.")
 
     @property
     def title(self) -> str:
@@ -170,13 +173,30 @@ class TorchExecutor:
         self, image: Tensor, cropping: Cropping | None, stop: threading.Event
     ) -> Tensor:
         """See `Executor.run`."""
-        self._stop = stop
+        self._stops[0] = stop
         if self._reduced or self._device.type != "cuda":
             return self._compute(image, cropping)
         with _SWITCHES, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self._compute(image, cropping)
 
-    def _forward(self, image: Tensor, cropping: Cropping | None) -> Tensor:
+    def release(self) -> None:
+        """Give unused GPU memory back to the driver."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def stop(self) -> None:
+        """End a program; its executor is of no use any more."""
+        if isinstance(self._network, Program):
+            self._network.stop()
+
+
+class _Forward:
+    """A network that computes with numbers of one type, but takes and gives float32."""
+
+    def __init__(self, network: Network, dtype: torch.dtype, splits: bool):
+        self._network, self._dtype, self._splits = network, dtype, splits
+
+    def compute(self, image: Tensor, cropping: Cropping | None) -> Tensor:
         if self._splits:
             image = split_values(image, self._dtype)
         image = image.to(self._dtype)
@@ -188,15 +208,10 @@ class TorchExecutor:
             result = self._network(image)
         return result.float()
 
-    def release(self) -> None:
-        """Give unused GPU memory back to the driver."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
-    def stop(self) -> None:
-        """End a program; its executor is of no use any more."""
-        if isinstance(self._network, Program):
-            self._network.stop()
+def _end_if_stopped(stops: list[threading.Event], module: nn.Module, _: Any) -> None:
+    if stops[0].is_set():
+        raise Cancelled("The computation was stopped.")
 
 
 def _reduced_type(network: Network, device: torch.device) -> torch.dtype:
@@ -257,9 +272,12 @@ class Idle:
 
 
 def _key(network: Network) -> Any:
-    """Return what changes with the weights of a network, also when it is trained."""
-    sums = tuple(
-        zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        for tensor in network.state_dict().values()
-    )
-    return network.config, sums
+    """Return what changes with a network, also when it is trained."""
+    weights = list(network.state_dict().values())
+    sums = tuple(run_to_end(spread_steps(_checksum, weights)))
+    return network.config, network.training, sums
+
+
+def _checksum(tensor: Tensor) -> int:
+    data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(data.data)

@@ -17,7 +17,7 @@ from napari_unet.errors import Cancelled
 from napari_unet.network.blocks import narrow
 from napari_unet.network.folding import (
     Convolution,
-    fold_norms,
+    fold,
     join_upsampling,
     joining_saves,
     split_first,
@@ -78,7 +78,7 @@ class OpenVinoExecutor:
             hint.performance_mode: hint.PerformanceMode.LATENCY,
             inference_num_threads: threads,
         }
-        self._network = fold_norms(network)
+        self._network = fold(network)
         self._splits = self.precision == "bfloat16" and split_first(
             self._network, torch.bfloat16
         )
@@ -93,27 +93,7 @@ class OpenVinoExecutor:
         cropping: Cropping | None,
         stop: threading.Event,
     ) -> torch.Tensor:
-        """Compute the logits of a tile.
-
-        Parameters
-        ----------
-        image : float32 Tensor of shape (1, channel, *spatial)
-            Contiguous, of legal sides.
-        cropping : Cropping or None
-            What is wanted of the output; everything if None.
-        stop : threading.Event
-            Ends the computation soon after it is set.
-
-        Returns
-        -------
-        float32 Tensor of shape (1, class, *spatial)
-            Valid until the next run.
-
-        Raises
-        ------
-        Cancelled
-            If it was stopped.
-        """
+        """See `Executor.run`."""
         if self._splits:
             image = split_values(image, torch.bfloat16)
         request = self._request(tuple(image.shape), cropping)
@@ -317,12 +297,8 @@ class _Graph:
             ends = [n - more for n, more in pads]
             up_map = self._transposed(x, conv.weight, conv.stride, conv.padding, ends)
             return self._biased(conv, up_map)
-        if kind == "nearest":
-            x = self._resize(x, "nearest", "asymmetric")
-            if conv is not None:
-                zeros, ahead = [0] * (2 + self._ndim), [0, 0] + [1] * self._ndim
-                zero = _constant(torch.zeros(()))
-                x = self._op.pad(x, zeros, ahead, "constant", zero)
+        if kind == "nearest":  # alone; `fold` makes one layer of it and a convolution
+            return self._resize(x, "nearest", "asymmetric")
         if conv is not None:
             x = self._convolution(conv, x)
         if kind == "bilinear":

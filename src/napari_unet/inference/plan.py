@@ -14,7 +14,7 @@ from napari_unet.inference.tiling import (
     round_up,
     tile_grid,
 )
-from napari_unet.network.config import ProgramConfig
+from napari_unet.network.program_config import ProgramConfig
 from napari_unet.network.receptive_field import receptive_field
 
 if TYPE_CHECKING:

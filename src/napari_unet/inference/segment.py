@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import add
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
@@ -14,6 +15,7 @@ from napari_unet.inference.engine import Predictor
 from napari_unet.inference.objects import ObjectFinder
 from napari_unet.inference.predict import PredictOptions
 from napari_unet.inference.settings import ObjectSettings
+from napari_unet.models.model import check_model
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
@@ -37,6 +39,16 @@ class SegmentOptions(PredictOptions, total=False):
     threshold: float | None
     minimal_size: int | None
     split_touching: bool | None
+
+
+def take_settings(options: SegmentOptions, passport: Passport) -> ObjectSettings:
+    """Take out of options how objects are made; the passport recommends the rest."""
+    settings = ObjectSettings.recommended(passport)
+    for name in ("threshold", "minimal_size", "split_touching"):
+        value = options.pop(name, None)  # type: ignore[misc]
+        if value is not None:
+            settings = replace(settings, **{name: value})
+    return settings
 
 
 class Numbering:
@@ -105,14 +117,8 @@ class Found:
         return cls(passport, tuple(objects.tolist()), tuple(map(int, pixels)))
 
     def __add__(self, other: Found) -> Found:
-        objects, pixels = (
-            tuple(np.add(mine, its).tolist())
-            for mine, its in (
-                (self.objects, other.objects),
-                (self.pixels, other.pixels),
-            )
-        )
-        return Found(self.passport, objects, pixels)
+        objects = tuple(map(add, self.objects, other.objects))
+        return Found(self.passport, objects, tuple(map(add, self.pixels, other.pixels)))
 
     @property
     def covered(self) -> float:
@@ -120,16 +126,20 @@ class Found:
         return 1 - self.pixels[0] / max(sum(self.pixels), 1)
 
     def describe(self) -> str:
-        """Say how many objects there are, and how much each region covers."""
+        """Say how many objects there are, and how much each region covers.
+
+        Of several regions, only those that there are.
+        """
         parts = []
         classes = self.passport.classes
+        one = sum(info.kind == "region" for info in classes) == 1
         if any(info.kind == "objects" for info in classes):
             count = sum(self.objects)
             parts.append(f"{count} object{'s' * (count != 1)}")
         for info, pixels in zip(classes, self.pixels, strict=True):
-            if info.kind == "region":
+            if info.kind == "region" and (pixels or one):
                 parts.append(f"{pixels / max(sum(self.pixels), 1):.1%} {info.name}")
-        return ", ".join(parts)
+        return ", ".join(parts) or "only background"
 
 
 def segment_units_steps(
@@ -195,7 +205,7 @@ def segment_units_steps(
         yield from predictor.strip_steps(index, partial(take, finder, unit), reduce)
         if before is not None:
             total = yield from finish_steps(*before, index)
-        before = unit, predictor.submit(run_to_end, finder.find_steps())
+        before = unit, predictor.submit_steps(finder.find_steps())
         del finder
     assert before is not None  # no image is empty
     return (yield from finish_steps(*before, len(predictor.units) - 1))
@@ -205,31 +215,11 @@ def segment_steps(
     image: Any, model: Model, **options: Unpack[SegmentOptions]
 ) -> Generator[Progress, None, NDArray]:
     """Segment an image; see `segment`."""
-    labels, _ = yield from _steps(image, model, options, keep=False)
-    return labels
-
-
-def segment_and_predict_steps(
-    image: Any, model: Model, **options: Unpack[SegmentOptions]
-) -> Generator[Progress, None, tuple[NDArray, NDArray[np.float32]]]:
-    """Do what `segment` and `predict` do, with one pass of the network."""
-    labels, probabilities = yield from _steps(image, model, options, keep=True)
-    assert probabilities is not None
-    return labels, probabilities
-
-
-def _steps(
-    image: Any, model: Model, options: SegmentOptions, *, keep: bool
-) -> Generator[Progress, None, tuple[NDArray, NDArray[np.float32] | None]]:
-    settings = ObjectSettings.recommended(model.passport)
-    for name in ("threshold", "minimal_size", "split_touching"):
-        value = options.pop(name, None)  # type: ignore[misc]
-        if value is not None:
-            settings = replace(settings, **{name: value})
+    check_model(model)
+    settings = take_settings(options, model.passport)
     predictor = Predictor(image, model, **options)  # type: ignore[misc]
     try:
         labels: NDArray = np.zeros(predictor.output_shape[1:], dtype=np.uint32)
-        kept = np.empty(predictor.output_shape, dtype=np.float32) if keep else None
         spatial = predictor.source.spatial
         order = [a for a in predictor.source.output_axes if a in spatial]
         axes = [order.index(axis) for axis in spatial]
@@ -239,9 +229,8 @@ def _steps(
             labels = labels.astype(runs.value.dtype, copy=False)
             runs.paint(labels[place].transpose(axes))
 
-        write = None if kept is None else kept.__setitem__
-        yield from segment_units_steps(predictor, settings, paint, write)
-        return labels, kept
+        yield from segment_units_steps(predictor, settings, paint)
+        return labels
     finally:
         predictor.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from napari_unet.errors import BadInput
 from napari_unet.inference.tiling import mirror_indices
+from napari_unet.models.model import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,7 +151,7 @@ class Source:
         Returns
         -------
         array of shape (channel, *spatial)
-            The network's channels in native byte order.
+            The network's channels in native byte order; perhaps a view of the image.
         """
         box = {
             a: slice(i, j) for a, i, j in zip(self.spatial, start, stop, strict=True)
@@ -173,7 +175,8 @@ class Source:
         if self.to_gray:
             gray = np.tensordot(LUMA, pixels[:3].astype(np.float32), axes=1)
             return np.asarray(gray)[None]
-        pixels = pixels[list(self.channels)]
+        if self.channels != tuple(range(len(pixels))):
+            pixels = pixels[list(self.channels)]
         return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
     def read_mirrored(
@@ -343,8 +346,14 @@ def open_source(
     Raises
     ------
     BadInput
-        If axes, dtype or channels do not fit.
+        If axes, dtype or channels do not fit, or it is no image or no model.
     """
+    check_model(model)
+    if isinstance(image, str | os.PathLike):
+        raise BadInput(
+            f"The image is a path, {str(image)!r}; read the file first, for example "
+            "with skimage.io.imread."
+        )
     if not hasattr(image, "shape") or not hasattr(image, "dtype"):
         image = np.asarray(image)
     axes = _check_axes(image, axes, model)

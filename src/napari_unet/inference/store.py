@@ -19,10 +19,12 @@ from napari_unet.inference.instances import ObjectTable
 from napari_unet.inference.objects import ObjectFinder, find_objects_steps
 from napari_unet.inference.part import label_part
 from napari_unet.inference.segment import Numbering
+from napari_unet.inference.tile_run import heartbeats
 from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
+    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
@@ -81,7 +83,7 @@ class ProbabilityStore:
 
     def fill_steps(
         self, predictor: Predictor, settings: ObjectSettings
-    ) -> Generator[Progress, None, dict[tuple[int, ...], ObjectFinder]]:
+    ) -> Generator[Progress, None, dict[tuple[int, ...], Future[Objects]]]:
         """Predict and keep what the predictor's region covers.
 
         Parameters
@@ -98,24 +100,31 @@ class ProbabilityStore:
         Returns
         -------
         dict
-            By the places of planes or volumes: what is above the threshold, looked up
-            while the network computed. Of those that the region covers as a whole,
-            where memory holds all of them.
+            By the places of planes or volumes: their objects, made while the network
+            computes the next. Of those that the region covers as a whole, where memory
+            holds all of them.
         """
         region, self.computed_by = predictor.region, predictor.computed_by
         kinds = _kinds(predictor.model)
-        is_looked_up = isinstance(self.data, np.ndarray) and self._is_whole(predictor)
-        finders: dict[tuple[int, ...], ObjectFinder] = {}
+        makes_objects = isinstance(self.data, np.ndarray) and self._is_whole(predictor)
+        found: dict[tuple[int, ...], Future[Objects]] = {}
+        before: Future[Objects] | None = None
         for index, unit in enumerate(predictor.units):
             place = tuple(unit[axis] for axis in self._loop)
             where = {axis: unit.get(axis, region[axis]) for axis in self.axes}
-            if is_looked_up:
+            finder = None
+            if makes_objects:
                 shape = self.data[(0, *self._index(place))].shape
-                finders[place] = ObjectFinder(shape, kinds, settings)
-            keep = partial(self._keep, predictor, where, finders.get(place))
+                finder = ObjectFinder(shape, kinds, settings)
+            keep = partial(self._keep, predictor, where, finder)
             yield from predictor.strip_steps(index, keep, quantise)
             self._covered.add(place)
-        return finders
+            if before is not None:
+                yield from predictor.wait_steps(before, index)
+            if finder is not None:
+                before = predictor.submit_steps(finder.find_steps())
+                found[place] = before
+        return found
 
     def _is_whole(self, predictor: Predictor) -> bool:
         """Tell whether a prediction covers whole planes or volumes, axes in order."""
@@ -151,7 +160,7 @@ class ProbabilityStore:
         model: Model,
         settings: ObjectSettings,
         first: Mapping[str, slice] | None = None,
-        finders: dict[tuple[int, ...], ObjectFinder] | None = None,
+        found: dict[tuple[int, ...], Future[Objects]] | None = None,
     ) -> Generator[Progress, None, tuple[ProbabilityStore, NDArray, ObjectTable]]:
         """Make objects of everything that is covered.
 
@@ -164,7 +173,7 @@ class ProbabilityStore:
         first : mapping of str to slice, optional
             By axis letter, what somebody looks at: it comes as `LabelledPart`
             before all else, if it is much smaller than the whole.
-        finders : dict, optional
+        found : dict, optional
             From `fill_steps` with the same settings. Each is taken out of it.
 
         Yields
@@ -193,10 +202,11 @@ class ProbabilityStore:
             step = Progress(done, len(self._covered), "making objects")
             place = self._index(where)
             probabilities = np.asarray(self.data[(slice(None), *place)])
-            finding = find_objects_steps(probabilities, kinds, settings)
-            if finders and where in finders:
-                finding = finders.pop(where).find_steps()
-            objects = yield from _ticking(finding, step)
+            if found and where in found:
+                objects = yield from _waiting(found.pop(where), step)
+            else:
+                finding = find_objects_steps(probabilities, kinds, settings)
+                objects = yield from _ticking(finding, step)
             number = numbering.next_label
             numbers = numbering.renumber(objects.runs.value, objects.classes)
             labels = _make_room(labels, self.shape[1:], numbering.next_label)
@@ -225,7 +235,15 @@ def _ticking(
     steps: Generator[None, None, Objects], tick: Progress
 ) -> Generator[Progress, None, Objects]:
     """Yield the same progress for each step."""
-    return mapped_steps(steps, lambda _: tick)
+    return mapped_steps(steps, lambda _: (tick,))
+
+
+def _waiting(
+    finding: Future[Objects], tick: Progress
+) -> Generator[Progress, None, Objects]:
+    """Yield the same progress until they are found."""
+    yield from heartbeats([finding], lambda: tick)
+    return finding.result()
 
 
 def _make_room(labels: NDArray | None, shape: tuple[int, ...], largest: int) -> NDArray:
@@ -274,7 +292,7 @@ def segment_stored_steps(
             classes = max(1, model.network.config.num_classes - 1)
             sides = [source.size(axis) for axis in source.output_axes]
             store = ProbabilityStore((classes, *sides), source.output_axes, source.loop)
-        finders = yield from store.fill_steps(predictor, settings)
-        return (yield from store.label_steps(model, settings, finders=finders))
+        found = yield from store.fill_steps(predictor, settings)
+        return (yield from store.label_steps(model, settings, found=found))
     finally:
         predictor.close()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import Future, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from napari_unet.errors import OutOfMemory
-from napari_unet.inference.backends import Backend, is_out_of_memory
+from napari_unet.inference.backends import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from napari_unet.inference.classify import Reduction
+    from napari_unet.inference.machine import Machine
     from napari_unet.inference.plan import TilePlan
     from napari_unet.inference.tiling import Tile
     from napari_unet.steps import Progress
@@ -26,43 +26,9 @@ if TYPE_CHECKING:
     Computed = tuple[Tile, Tile, NDArray]
     Tick = Callable[[int, str], Progress]
 
-__all__ = ["Machine", "TileRun", "heartbeats"]
-
-Result = TypeVar("Result")
+__all__ = ["TileRun", "heartbeats"]
 
 HEARTBEAT = 0.25  # seconds between two yields within a tile
-
-
-@dataclass
-class Machine:
-    """What computes one prediction, for all parts of it.
-
-    Parameters
-    ----------
-    backend_on : callable
-        Makes a backend on a device; the CPU's takes over from a full GPU.
-    backend : Backend
-        The present one.
-    """
-
-    backend_on: Callable[[str], Backend]
-    backend: Backend
-    longest_side: int | None = None  # of a tile, once memory ran out
-    pool: ThreadPoolExecutor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Tiles that are computed, one that is read, and objects that are made.
-        threads = self.backend.transfers.in_flight + 2
-        self.pool = ThreadPoolExecutor(threads, "napari-unet")
-
-    def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
-        """Run something beside the prediction."""
-        return self.pool.submit(function, *args)
-
-    def close(self) -> None:
-        """End everything that still runs, without waiting for it."""
-        self.backend.close()
-        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def heartbeats(
@@ -173,7 +139,7 @@ class TileRun:
     def _make_room(self, tile: Tile) -> str:
         """After memory ran out: halve what is left, or leave the GPU."""
         machine = self._machine
-        machine.backend.empty_cache()
+        machine.backend.release()
         device = machine.backend.device.type
         on_gpu = device != "cpu"
         rest, longest_side = self._plan.halve(tile, self._waiting, on_gpu=on_gpu)
@@ -189,6 +155,5 @@ class TileRun:
                 "use a smaller model."
             )
         self._waiting.appendleft(tile)
-        machine.backend.close()
-        machine.backend = machine.backend_on("cpu")
+        machine.leave_gpu()
         return f"Memory ran out on {device}; going on on the CPU, which is slower."

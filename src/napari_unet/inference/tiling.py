@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from napari_unet.network.config import ProgramConfig
+    from napari_unet.network.program_config import ProgramConfig
     from napari_unet.network.receptive_field import ReceptiveField
 
 

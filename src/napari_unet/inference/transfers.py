@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from napari_unet.models.normalize import count_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Transfers", "make_transfers"]
 
-_BLOCK = 1 << 23  # pixels that are counted at a time
+_BLOCK = 1 << 21  # pixels that are counted at a time
 
 
 @cache  # torch uses the memory of a stream again within it only
@@ -64,7 +63,7 @@ class Transfers:
         """
         if scaling is not None and not self._normalises(pixels):
             pixels, scaling = scaling.apply(pixels), None
-        tensor = self._copy(torch.from_numpy(np.ascontiguousarray(pixels)))
+        tensor = self._copy(pixels)
         if scaling is not None:
             tensor = scaling.apply_to_tensor(tensor)
         return tensor[None]
@@ -78,23 +77,26 @@ class Transfers:
         del pixels
         return False
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device)
+    def _copy(self, pixels: NDArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
 
-    def computing(self, image: Tensor) -> AbstractContextManager[object]:
-        """Within it, computations on an uploaded tile may be started."""
-        del image
-        return nullcontext()
+    def compute(self, image: Tensor, function: Callable[[], Tensor]) -> Pending:
+        """Start a computation, and fetch its result.
 
-    def download(self, tensor: Tensor) -> Pending:
-        """Begin to fetch what was computed; called within `computing`.
+        Parameters
+        ----------
+        image : Tensor
+            The uploaded tile of which it computes.
+        function : callable
+            Returns the result, on the device.
 
         Returns
         -------
         callable
-            Waits for it and returns it as an array, in any thread.
+            Waits for the result and returns it as an array, in any thread.
         """
-        array: NDArray = tensor.cpu().numpy()
+        del image
+        array: NDArray = function().cpu().numpy()
         return lambda: array
 
 
@@ -102,7 +104,9 @@ class CudaTransfers(Transfers):
     """Brings arrays to a GPU and back while it computes other tiles.
 
     Uploads, computations and downloads have a stream each; host memory is
-    page-locked, in buffers that torch keeps and uses again.
+    page-locked, in buffers that torch keeps and uses again. One thread starts all
+    computations, because torch has a plan of each convolution for each thread, and
+    never forgets it.
     """
 
     in_flight = 3  # one is computed, one is queued, one is fetched
@@ -113,6 +117,7 @@ class CudaTransfers(Transfers):
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for _ in range(3)
         )
+        self._starter = ThreadPoolExecutor(1, "gpu-start")
 
     def upload(self, pixels: NDArray, scaling: Scaling | None) -> Tensor:
         """See `Transfers.upload`."""
@@ -127,33 +132,36 @@ class CudaTransfers(Transfers):
             return count_values(values)
 
     def _count(self, values: NDArray) -> NDArray[np.int64]:
-        bins = 256**values.dtype.itemsize
         least = np.iinfo(values.dtype).min if values.dtype.kind == "i" else 0
-        flat = np.ascontiguousarray(values).reshape(-1)
+        counts = np.zeros(256**values.dtype.itemsize, dtype=np.int64)
+        flat = values.reshape(-1)
         with torch.cuda.stream(self._up):
-            total = torch.zeros(bins, dtype=torch.int64, device=self._device)
             for first in range(0, flat.size, _BLOCK):
-                part = self._copy(torch.from_numpy(flat[first : first + _BLOCK]))
-                index = part.int() - least
-                total += torch.bincount(index, minlength=bins)
-            counts: NDArray[np.int64] = total.cpu().numpy()
+                part = self._copy(flat[first : first + _BLOCK]).int()
+                # By sorting: counters wait for each other where many pixels are alike.
+                found, times = torch.unique(part, return_counts=True)
+                counts[found.cpu().numpy() - least] += times.cpu().numpy()
         return counts
 
     def _normalises(self, pixels: NDArray) -> bool:
         return pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+    def _copy(self, pixels: NDArray) -> Tensor:
+        dtype: torch.dtype = getattr(torch, pixels.dtype.name)
+        tensor = torch.empty(pixels.shape, dtype=dtype, pin_memory=True)
+        tensor.numpy()[...] = pixels
+        return tensor.to(self._device, non_blocking=True)
 
-    def computing(self, image: Tensor) -> AbstractContextManager[object]:
-        """See `Transfers.computing`."""
+    def compute(self, image: Tensor, function: Callable[[], Tensor]) -> Pending:
+        """See `Transfers.compute`."""
+        return self._starter.submit(self._start, image, function).result()
+
+    @torch.inference_mode()
+    def _start(self, image: Tensor, function: Callable[[], Tensor]) -> Pending:
         self._computing.wait_stream(self._up)
         image.record_stream(self._computing)
-        return torch.cuda.stream(self._computing)
-
-    def download(self, tensor: Tensor) -> Pending:
-        """See `Transfers.download`."""
-        tensor = tensor.contiguous()
+        with torch.cuda.stream(self._computing):
+            tensor = function().contiguous()
         self._down.wait_stream(self._computing)
         with torch.cuda.stream(self._down):
             array = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

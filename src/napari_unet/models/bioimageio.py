@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from napari_unet.errors import BadModel, NeedsTrust
+from napari_unet.files.tiff_metadata import micrometres
 from napari_unet.models.bioimageio_description import Description, describe_package
 from napari_unet.models.bioimageio_package import open_steps, scratch
 from napari_unet.models.bioimageio_processing import (
@@ -14,6 +15,7 @@ from napari_unet.models.bioimageio_processing import (
     postprocessing_of,
 )
 from napari_unet.models.bioimageio_test import read_array, reproduce
+from napari_unet.models.checkpoint import build_unet
 from napari_unet.models.foreign import import_checked
 from napari_unet.models.heads import (
     classes_named,
@@ -23,7 +25,6 @@ from napari_unet.models.heads import (
 from napari_unet.models.model import Model, Passport
 from napari_unet.models.safety import read_checked
 from napari_unet.network.config import UNetConfig
-from napari_unet.network.unet import UNet
 from napari_unet.steps import Progress, run_to_end
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from napari_unet.models.normalize import Normalization
     from napari_unet.models.safety import CheckedFile
     from napari_unet.network.program import Program
+    from napari_unet.network.unet import UNet
 
 OWN = "napari_unet"  # under "config" of the packages that we write
 _KINDS = ("pytorch_state_dict", "onnx", "torchscript")  # the preferred first
@@ -45,14 +47,6 @@ _MAX_ONNX = 2 << 30  # bytes
 _MAX_COVER = 20 << 20
 _MAX_COVER_PIXELS = 16_000_000
 _THUMBNAIL = 128  # pixels
-_MICROMETERS = {
-    "angstrom": 1e-4,
-    "picometer": 1e-6,
-    "nanometer": 1e-3,
-    "micrometer": 1.0,
-    "millimeter": 1e3,
-    "centimeter": 1e4,
-}
 
 
 def import_package(source: str | Path, *, trust: bool = False) -> Model:
@@ -205,23 +199,13 @@ def _checked_steps(path: Path, trust: bool) -> Generator[Progress, None, Checked
 
 def _own_network(config: dict[str, Any], checked: CheckedFile) -> UNet:
     """Rebuild a network that we have exported."""
-    import torch
-
-    from napari_unet.models.checkpoint import check_tensors
-
     try:
         known = UNetConfig.from_dict(config)
     except (TypeError, ValueError) as error:
         raise BadModel(
             "What it says of our network is damaged. Get the package again."
         ) from error
-    with torch.device("meta"):  # without memory, which a forged one could claim
-        network = UNet.from_config(known)
-    check_tensors("the package", network, checked.tensors)
-    network.load_state_dict(checked.tensors, assign=True)
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
-    return network.eval()
+    return build_unet(known, checked.tensors, "the package")
 
 
 # --- the test, and what the passport says --------------------------------------
@@ -333,7 +317,7 @@ def _with_passport(
     passport, config = model.passport, model.network.config
     classes = classes_named(passport.classes, names)
     axes = [axis for axis in info.inputs[0].axes if axis.kind == "space"]
-    sizes = tuple(axis.scale * _MICROMETERS.get(axis.unit or "", 0) for axis in axes)
+    sizes = tuple(axis.scale * (micrometres(axis.unit) or 0) for axis in axes)
     by = f"By {', '.join(info.authors)}." if info.authors else ""
     under = f"License: {info.license}." if info.license else ""
     first = info.description.strip()

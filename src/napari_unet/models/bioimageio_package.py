@@ -21,7 +21,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from napari_unet.errors import BadModel
 from napari_unet.models.plain_yaml import read_yaml
-from napari_unet.models.web import download_steps, is_url, open_url
+from napari_unet.models.web import download_steps, first_line, is_url, open_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -99,7 +99,7 @@ class Package:
             ) from None
         except _READ_ERRORS as error:
             raise BadModel(
-                f"Its file {source[:80]!r} cannot be read ({_first_line(error)}). "
+                f"Its file {source[:80]!r} cannot be read ({first_line(error)}). "
                 f"{_DAMAGED}"
             ) from error
         if sha256 is not None and digest.hexdigest() != str(sha256).lower():
@@ -126,11 +126,6 @@ _READ_ERRORS = (
     ValueError,
     struct.error,
 )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(getattr(error, "reason", "") or error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _inside(source: str) -> str:
@@ -289,7 +284,7 @@ def _open_zip(path: Path, title: str) -> Iterator[Package]:
             f"Cannot read {path}: {error.strerror or error}. Check the path."
         ) from error
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise BadModel(f"It is damaged ({_first_line(error)}). {_DAMAGED}") from error
+        raise BadModel(f"It is damaged ({first_line(error)}). {_DAMAGED}") from error
 
 
 def _directory(file: BinaryIO) -> list[zipfile.ZipInfo]:

@@ -18,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from napari_unet.errors import BadModel
 from napari_unet.files.atomic import atomic_path
 from napari_unet.models.model import Model, Passport
-from napari_unet.network.config import Config, ProgramConfig, config_from_dict
+from napari_unet.network.config import Config, config_from_dict
+from napari_unet.network.program_config import ProgramConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from napari_unet.models.safety import CheckedFile
+    from napari_unet.network.config import UNetConfig
+    from napari_unet.network.unet import UNet
 
 FORMAT = "napari-unet 1"
 MAX_HEADER = 1_000_000  # bytes
@@ -120,10 +123,7 @@ def read_model(path: str | Path) -> Model:
     BadModel
         If the file is missing, broken or incomplete, or its network is not known.
     """
-    import torch
-
     from napari_unet.models.safety import read_checked
-    from napari_unet.network.unet import UNet
 
     path = Path(path)
     if (path / "config.json").is_file():
@@ -136,18 +136,12 @@ def read_model(path: str | Path) -> Model:
         from napari_unet.models.foreign import import_checked  # which needs this module
 
         return import_checked(path, checked)
-    header, tensors = _header(path.name, checked.metadata), checked.tensors
+    header = _header(path.name, checked.metadata)
     if isinstance(header.config, ProgramConfig):
         return _read_program(path.name, header, checked)
-    # Built without memory first, so that a forged header cannot claim gigabytes.
-    with torch.device("meta"):
-        network = UNet.from_config(header.config)
-    check_tensors(path.name, network, tensors)
+    network = build_unet(header.config, checked.tensors, path.name)
     _check_digest(path.name, header, checked)
-    network.load_state_dict(tensors, assign=True)
-    for parameter in network.parameters():
-        parameter.requires_grad_(True)
-    return Model(network.eval(), header.passport)
+    return Model(network, header.passport)
 
 
 def _read_program(file: str, header: Header, checked: CheckedFile) -> Model:
@@ -235,7 +229,41 @@ def model_sha256(model: Model) -> str:
     )
 
 
-def check_tensors(file: str, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+def build_unet(config: UNetConfig, tensors: dict[str, Tensor], file: str) -> UNet:
+    """Build a network of weights that are there already.
+
+    Parameters
+    ----------
+    config : UNetConfig
+        Of the network.
+    tensors : dict of str to Tensor
+        Its state_dict; they become its own.
+    file : str
+        Where they come from, for the message.
+
+    Returns
+    -------
+    UNet
+        In evaluation mode.
+
+    Raises
+    ------
+    BadModel
+        If they are not those of such a network.
+    """
+    import torch
+
+    from napari_unet.network.unet import UNet
+
+    # Without memory first, so that a forged configuration cannot claim gigabytes.
+    with torch.device("meta"):
+        network = UNet.from_config(config)
+    _check_tensors(file, network, tensors)
+    network.load_state_dict(tensors, assign=True)
+    return network.requires_grad_(True).eval()
+
+
+def _check_tensors(file: str, network: UNet, tensors: dict[str, Tensor]) -> None:
     """Raise `BadModel` unless the tensors are those of the network."""
     expected = network.state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]
@@ -261,7 +289,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         digest.update(metadata[key].encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
+        digest.update(tensors[name].contiguous().numpy().reshape(-1).data)
     return digest.hexdigest()
 
 

@@ -105,7 +105,7 @@ def _other(start: bytes, end: bytes) -> str:
         return f"It is a TensorFlow SavedModel. {weights}"
     return (
         "It is not a napari-unet checkpoint, nor one that torch or safetensors wrote. "
-        "Choose a .safetensors, .pt, .pth or .ckpt file, or get the file again."
+        "Choose a .safetensors, .pt, .pth, .ckpt or .onnx file, or get the file again."
     )
 
 

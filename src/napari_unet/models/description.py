@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from napari_unet.network.config import ProgramConfig
+from napari_unet.models.model import SCORES
+from napari_unet.network.program_config import ProgramConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -13,16 +14,6 @@ if TYPE_CHECKING:
     from napari_unet.models.model import Passport, TrainingRecord
     from napari_unet.models.normalize import Normalization
     from napari_unet.network.config import Config
-
-# Those of the bundled models and of fine-tuning.
-_SCORES = {
-    "held_out_ap50": "AP50",
-    "held_out_f1_50": "F1",
-    "held_out_mean_ap": "mean AP",
-    "held_out_dice": "Dice",
-    "F1@0.5": "F1",
-    "AP@0.5": "AP50",
-}
 
 
 def summary(header: Header) -> str:
@@ -81,8 +72,8 @@ def _network(config: Config) -> tuple[str, str | None]:
     """Say what a network is, and why its tiles are not exact, if they are not."""
     if isinstance(config, ProgramConfig):
         shape = " x ".join(map(str, config.fixed_shape or ()))
-        only = f", for images of {shape} pixels only" if shape else ""
-        text = f"{config.ndim}D, {config.title}, which runs as it is{only}"
+        tiles = f", in tiles of {shape} pixels" if shape else ""
+        text = f"{config.ndim}D, {config.title}, which runs as it is{tiles}"
         return text, config.inexact_reason
     text = (
         f"{config.ndim}D U-Net, {config.depth} poolings, {config.base_channels} "
@@ -124,6 +115,6 @@ def _training(record: TrainingRecord) -> str:
             continue
         old = record.scores.get(f"old {key}")
         before = "" if old is None else f"{old:.3g} → "
-        scores.append(f"{_SCORES.get(key, key)} {before}{value:.3g}")
+        scores.append(f"{SCORES.get(key, key)} {before}{value:.3g}")
     text = f"{record.date}, {record.steps} steps on {record.data}"
     return f"{text}; held-out scores: {', '.join(scores)}" if scores else text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from napari_unet.errors import BadModel
+from napari_unet.models.checkpoint import build_unet
 from napari_unet.models.model import ClassInfo, Model
 from napari_unet.network.combined import MOST, combinations
 from napari_unet.network.onnx import OnnxProgram
@@ -130,12 +131,8 @@ def _with_head(network: UNet, matrix: Tensor) -> UNet:
         flat = weights[name].flatten(1) if weights[name].ndim > 1 else weights[name]
         mixed = matrix.double() @ flat.double()
         weights[name] = mixed.float().reshape(len(matrix), *weights[name].shape[1:])
-    with torch.device("meta"):
-        changed = UNet.from_config(replace(network.config, num_classes=len(matrix)))
-    changed.load_state_dict(weights, assign=True)
-    for parameter in changed.parameters():
-        parameter.requires_grad_(True)
-    return changed.eval()
+    config = replace(network.config, num_classes=len(matrix))
+    return build_unet(config, weights, "the package")
 
 
 def classes_named(

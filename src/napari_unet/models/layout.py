@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from napari_unet.errors import BadModel
-from napari_unet.models.checkpoint import check_tensors
+from napari_unet.models.checkpoint import build_unet
 from napari_unet.network.config import Norm, NormPlace, UNetConfig, Upsampling
-from napari_unet.network.unet import UNet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from napari_unet.models.foreign_names import Family
+    from napari_unet.network.unet import UNet
 
 Layer = dict[str, "Tensor"]  # the tensors of one layer: weight, bias, …
 
@@ -298,8 +298,6 @@ def build_network(layout: Layout, family: Family, config: UNetConfig) -> UNet:
     UNet
         In evaluation mode.
     """
-    with torch.device("meta"):
-        network = UNet.from_config(config)
     parts = [f"encoder.{level}" for level in range(config.depth)]
     parts += ["bottleneck", *(f"decoder.{step}" for step in range(config.depth))]
     state: dict[str, Tensor] = {}
@@ -316,9 +314,7 @@ def build_network(layout: Layout, family: Family, config: UNetConfig) -> UNet:
     if layout.bridge:
         state |= _biased("bridge", layout.layers[layout.bridge])
     state |= _biased("head", layout.layers[layout.head])
-    check_tensors("the file", network, state)
-    network.load_state_dict(state, assign=True)
-    return network.requires_grad_(True).eval()
+    return build_unet(config, state, "the file")
 
 
 def _convolution(

@@ -15,7 +15,7 @@ from pydantic import (
 
 from napari_unet.errors import BadInput, BadModel
 from napari_unet.models.normalize import Normalization
-from napari_unet.network.config import ProgramConfig
+from napari_unet.network.program_config import ProgramConfig
 
 if TYPE_CHECKING:
     from napari_unet.network.program import Network
@@ -153,9 +153,9 @@ class Passport(_Record):
 
 # What is shown of the scores on held-out images, the first that there is; their names
 # are those of the bundled models and of fine-tuning.
-_SCORES = {
-    "held_out_ap50": "AP",
-    "AP@0.5": "AP",
+SCORES = {
+    "held_out_ap50": "AP50",
+    "AP@0.5": "AP50",
     "held_out_f1_50": "F1",
     "F1@0.5": "F1",
     "held_out_mean_ap": "mean AP",
@@ -181,6 +181,20 @@ def default_passport(network: Network) -> Passport:
         classes=(background, *found),
         channels=tuple(f"channel {i + 1}" for i in range(config.in_channels)),
     )
+
+
+def check_model(model: object) -> None:
+    """Say in words what to do with the name of a model in place of it.
+
+    Raises
+    ------
+    BadInput
+        If it is no `Model`.
+    """
+    if not isinstance(model, Model):
+        raise BadInput(
+            f"{model!r} is not a Model; load_model loads one by its name or path."
+        )
 
 
 class Model:
@@ -259,7 +273,7 @@ class Model:
         elif passport.object_diameter is not None:
             parts.append(f"objects of about {passport.object_diameter:.0f} pixels")
         scores = passport.history[-1].scores if passport.history else {}
-        for key, word in _SCORES.items():
+        for key, word in SCORES.items():
             if key in scores:
                 parts.append(f"{word}\N{NO-BREAK SPACE}{scores[key]:.2f}")
                 break

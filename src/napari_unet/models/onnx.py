@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,8 @@ from napari_unet.models.heads import NOT_EXCLUSIVE, classes_named, joint_classes
 from napari_unet.models.model import Model
 from napari_unet.models.onnx_graph import follow, read_graph
 from napari_unet.network.combined import MOST
-from napari_unet.network.config import ProgramConfig, settings_of
 from napari_unet.network.onnx import OnnxProgram, open_session
-
-if TYPE_CHECKING:
-    from napari_unet.network.config import Outputs
+from napari_unet.network.program_config import ProgramConfig, settings_of
 
 LARGEST_HALO = 128  # pixels; what lies farther away hardly counts, and costs much
 TRIAL_SECONDS = 10.0
@@ -31,14 +28,7 @@ _ADVICE = "Export it again, or ask for its PyTorch weights."
 
 
 def import_onnx(
-    data: bytes,
-    name: str,
-    *,
-    halo: int | None = None,
-    alignment: int | None = None,
-    minimum: int | None = None,
-    outputs: Outputs | None = None,
-    combine: bool = True,
+    data: bytes, name: str, *, halo: int | None = None, combine: bool = True
 ) -> Model:
     """Make a model of an ONNX network, which then runs as it is.
 
@@ -53,11 +43,6 @@ def import_onnx(
     halo : int, optional
         Pixels of context that its tiles need, if that is known; by default followed
         through its layers.
-    alignment, minimum : int, optional
-        Legal sides are multiples of ``alignment`` and not below ``minimum``; by
-        default found out. Networks of one input shape say so themselves.
-    outputs : "logits" or "probabilities", optional
-        By default told by its last layer.
     combine : bool
         Whether outputs with a sigmoid of their own become classes that exclude each
         other.
@@ -79,16 +64,15 @@ def import_onnx(
     result, others = _result(session, image)
     taken = replace(graph, outputs=[result.name])
     geometry = follow(taken, image.name)
-    told: Outputs = "probabilities" if taken.last in _ACTIVATIONS else "logits"
+    is_active = taken.last in _ACTIVATIONS
     config = ProgramConfig(
         kind="onnx",
         in_channels=image.channels,
         num_classes=result.channels or 1,
         ndim=len(image.sides),
-        alignment=alignment or geometry.alignment,
-        minimum=minimum or 1,
+        alignment=geometry.alignment,
         halo=min(geometry.reach, LARGEST_HALO) if halo is None else halo,
-        outputs=outputs or told,
+        outputs="probabilities" if is_active else "logits",
         base_channels=geometry.width,
         settings=settings_of({"output": result.name}),
     )
@@ -96,10 +80,10 @@ def import_onnx(
     if any(side is not None for side in image.sides):
         config = _with_fixed_shape(config, weights, image, result)
     else:
-        config = _with_legal_sides(config, weights, is_known=alignment is not None)
+        config = _with_legal_sides(config, weights)
     model = Model(OnnxProgram(config, weights).eval())
     said = _description(config, others, taken.last)
-    each = told == config.outputs == "probabilities" and "Sigmoid" in taken.last
+    each = is_active and "Sigmoid" in taken.last
     if combine and each and 1 < config.num_classes <= MOST:
         names = [f"output {n + 1}" for n in range(config.num_classes)]
         model, names, note = joint_classes(model, names)
@@ -200,22 +184,17 @@ def _with_fixed_shape(
     return replace(
         config,
         num_classes=channels,
-        minimum=1,
         fixed_shape=shape,
         shrink=shrink // 2,
     )
 
 
-def _with_legal_sides(
-    config: ProgramConfig, weights: torch.Tensor, *, is_known: bool
-) -> ProgramConfig:
+def _with_legal_sides(config: ProgramConfig, weights: torch.Tensor) -> ProgramConfig:
     """Find out which sides the network takes; a small image of such sides is tried."""
     first = config.alignment
-    more = () if is_known else tuple(n for n in _ALIGNMENTS if n > first)
     problem: BadModel | None = None
-    for alignment in (first, *more):
-        least = max(_TRIAL_SIDE[config.ndim], config.minimum)
-        side = -(-least // alignment) * alignment
+    for alignment in (first, *(n for n in _ALIGNMENTS if n > first)):
+        side = -(-_TRIAL_SIDE[config.ndim] // alignment) * alignment
         # Two sides, that both are legal.
         shape = (side, *[side + alignment] * (config.ndim - 1))
         try:

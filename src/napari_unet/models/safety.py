@@ -10,7 +10,6 @@ less safe way.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
@@ -20,9 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from napari_unet.errors import BadModel, NeedsTrust
@@ -38,24 +35,10 @@ from napari_unet.models.containers import (
 )
 from napari_unet.models.onnx_graph import read_graph
 from napari_unet.models.pickled import Followed, Storage, follow_pickle
+from napari_unet.models.safetensors_file import check_header, load_tensors
 
 MAX_FILE = 8 << 30  # bytes
 MAX_ONNX = (2 << 30) - 1  # bytes; there are no larger protobuf messages
-MAX_HEADER = 16 << 20  # bytes, of a safetensors file
-MAX_HEADER_PARTS = 400_000  # of the header's JSON; a network of 10**4 tensors has 10**5
-_ITEM_SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "C64": 8,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 _DAMAGED = "Get the file again."
 _ONE_LIST = Lock()
 _CONSENT = (
@@ -148,8 +131,8 @@ def _read(path: Path, file: BinaryIO) -> CheckedFile:
         return _read_onnx(file, size)
     metadata: dict[str, str] = {}
     if kind == SAFETENSORS:
-        metadata = _check_safetensors(file, size)
-        content: Any = _load_safetensors(path)
+        metadata = check_header(file, size)
+        content: Any = load_tensors(path)
         seen = content
     else:
         check = _check_zip if kind == TORCH_ZIP else _check_legacy
@@ -267,96 +250,6 @@ def _load_torch(file: BinaryIO, beside: set[str]) -> Any:
             "from, load it in Python and save the weights alone: "
             "torch.save(model.state_dict(), 'weights.pt')."
         ) from error
-
-
-# --- safetensors -------------------------------------------------------------
-
-
-def _check_safetensors(file: BinaryIO, size: int) -> dict[str, str]:
-    """Check the header of a safetensors file; return the texts in it."""
-    file.seek(0)
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > MAX_HEADER and length <= size:
-        raise BadModel(
-            f"Its header has {length >> 20} MB ({MAX_HEADER >> 20} at most), more "
-            "than a network needs. Choose a checkpoint of one network."
-        )
-    header = file.read(length) if length <= MAX_HEADER else b""
-    if len(header) < length or length < 2:
-        raise BadModel(
-            f"It is incomplete ({size} of at least {8 + length} bytes) or damaged. "
-            f"{_DAMAGED}"
-        )
-    if sum(map(header.count, (b"{", b"[", b","))) > MAX_HEADER_PARTS:
-        raise BadModel(
-            f"Its header lists more tensors than a network has ({MAX_MEMBERS} at "
-            "most). Choose a checkpoint of one network."
-        )
-    try:
-        entries = json.loads(header)
-        metadata = entries.pop("__metadata__", {})
-        texts = all(type(text) is str for text in metadata.values())
-        end = 8 + length + _end_of_tensors(entries)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as error:
-        raise BadModel(f"Its header is damaged. {_DAMAGED}") from error
-    if not texts:
-        raise BadModel(f"Its header is damaged. {_DAMAGED}")
-    if size < end:
-        raise BadModel(f"It is incomplete ({size} of {end} bytes). {_DAMAGED}")
-    if size > end:
-        raise BadModel(
-            f"It has {size - end} bytes behind its end, or is damaged. {_DAMAGED}"
-        )
-    return dict(metadata)
-
-
-def _end_of_tensors(entries: dict[str, Any]) -> int:
-    """Check each tensor's dtype, shape and place; return where the last one ends."""
-    if len(entries) > MAX_MEMBERS:
-        raise BadModel(
-            f"It holds {len(entries)} tensors, more than a network has "
-            f"({MAX_MEMBERS} at most). Choose a checkpoint of one network."
-        )
-    end = 0
-    places = []
-    for name, entry in entries.items():
-        kind, shape, (start, stop) = (
-            entry["dtype"],
-            entry["shape"],
-            entry["data_offsets"],
-        )
-        if kind not in _ITEM_SIZES:
-            raise BadModel(
-                f"Its tensor {name[:80]!r} has the unknown type {str(kind)[:20]!r}. "
-                "Save the weights as float32."
-            )
-        nbytes = _ITEM_SIZES[kind]
-        for side in shape:
-            if type(side) is not int or side < 0:
-                raise ValueError(side)
-            nbytes *= side
-        if len(name) > 500 or not name.isprintable() or stop - start != nbytes:
-            raise ValueError(name)
-        places.append((start, stop))
-    for start, stop in sorted(places):
-        if start != end:
-            raise ValueError(start)
-        end = stop
-    return end
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(safetensors.torch.load_file(path))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise BadModel(f"It is damaged ({str(error)[:200]}). {_DAMAGED}") from error
 
 
 # --- what was read -----------------------------------------------------------

@@ -16,8 +16,8 @@ from napari_unet.models.heads import (
 )
 from napari_unet.models.model import Model, default_passport
 from napari_unet.network.combined import MOST, combinations
-from napari_unet.network.config import ProgramConfig
 from napari_unet.network.program import build_program
+from napari_unet.network.program_config import ProgramConfig
 from napari_unet.network.smp import SETTINGS, import_smp
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ def open_url(url: str) -> Any:
             ) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise BadInput(
-            f"{url[:200]} cannot be reached ({_reason(error)}). Check the address "
+            f"{url[:200]} cannot be reached ({first_line(error)}). Check the address "
             "and the network, or download the package in a browser and choose the file."
         ) from error
 
@@ -82,13 +82,14 @@ def download_steps(url: str, path: Path) -> Generator[Progress, None, None]:
 
 
 def _incomplete(url: str, size: int, total: int, why: Exception | None) -> BadInput:
-    reason = f" ({_reason(why)})" if why else ""
+    reason = f" ({first_line(why)})" if why else ""
     return BadInput(
         f"The download of {url[:200]} broke off after {size} of {total or '?'} bytes"
         f"{reason}. Try again."
     )
 
 
-def _reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says, as a part of a sentence."""
     lines = str(getattr(error, "reason", "") or error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from napari_unet.network.unet import UNet
 
 __all__ = [
-    "fold_norms",
+    "fold",
     "join_upsampling",
     "joining_saves",
     "split_first",
@@ -28,8 +28,11 @@ _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fold_norms(network: UNet) -> UNet:
-    """Return a copy in which batch norms are part of the convolutions before them.
+def fold(network: UNet) -> UNet:
+    """Return a copy that computes the same in fewer steps.
+
+    Batch norms become part of the convolutions before them, and where values are
+    repeated and convolved a transposed convolution does both.
 
     Parameters
     ----------
@@ -53,7 +56,28 @@ def fold_norms(network: UNet) -> UNet:
                 layers.append(layer)
         del block[:]
         block.extend(layers)
+    up: Any
+    for up in folded.up:
+        if up.kind == "nearest" and isinstance(up.conv, _CONVOLUTIONS):
+            up.kind, up.conv = "transposed_3x3", _repeat_and_convolve(up.conv)
     return folded
+
+
+def _repeat_and_convolve(conv: Convolution) -> Transposed:
+    """Make one layer of repeating every value and a convolution that looks ahead."""
+    ndim = conv.weight.ndim - 2
+    taps = conv.weight.movedim((1, 0), (-2, -1))
+    weight = taps.new_zeros(*[3] * ndim, conv.in_channels, conv.out_channels)
+    for tap in itertools.product(range(2), repeat=ndim):
+        # What is repeated meets each tap at two places along every axis.
+        places = tuple(slice(1 - t, 3 - t) for t in tap)
+        weight[places] += taps[tap]
+    kind = nn.ConvTranspose2d if ndim == 2 else nn.ConvTranspose3d
+    # Without weights of its own, which would be drawn.
+    both = kind(conv.in_channels, conv.out_channels, 3, 2, 1, 1, device="meta")
+    both.weight = nn.Parameter(weight.movedim((-2, -1), (0, 1)), requires_grad=False)
+    both.bias = conv.bias
+    return both
 
 
 def joining_saves(up: Transposed, conv: Convolution) -> bool:

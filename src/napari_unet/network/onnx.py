@@ -12,8 +12,8 @@ import torch
 
 from napari_unet.errors import BadModel, Cancelled
 from napari_unet.network.combined import MOST, combine
-from napari_unet.network.config import ProgramConfig, settings_of
 from napari_unet.network.program import Program
+from napari_unet.network.program_config import ProgramConfig, settings_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,7 +45,7 @@ class OnnxProgram(Program):
     graph : uint8 Tensor of shape (bytes,)
         The content of the file.
     device : str
-        "cpu", or "cuda" where onnxruntime has it.
+        "cpu", or "cuda" where onnxruntime has it, also with an index: "cuda:1".
     memory : int, optional
         Bytes of main memory that it may take; by default most of the computer's.
 
@@ -90,7 +90,7 @@ class OnnxProgram(Program):
 
     def on(self, device: torch.device) -> OnnxProgram:
         """Return a copy with a session of its own; the graph itself is shared."""
-        return OnnxProgram(self.config, self.graph, device.type).eval()
+        return OnnxProgram(self.config, self.graph, str(device)).eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxProgram:
         return self.on(torch.device("cpu"))
@@ -208,7 +208,7 @@ def open_session(graph: bytes, device: str = "cpu", memory: int | None = None) -
     graph : bytes
         The content of an ONNX file.
     device : str
-        "cpu" or "cuda".
+        "cpu" or "cuda", also with an index.
     memory : int, optional
         Bytes of main memory that it may take; by default most of the computer's.
 
@@ -236,7 +236,7 @@ def open_session(graph: bytes, device: str = "cpu", memory: int | None = None) -
             return onnxruntime.InferenceSession(
                 graph,
                 options,
-                providers=_PROVIDERS[device],
+                providers=_providers(device),
                 # A hostile graph has constants that are computed, and huge.
                 disabled_optimizers=["ConstantFolding"],
             )
@@ -245,6 +245,14 @@ def open_session(graph: bytes, device: str = "cpu", memory: int | None = None) -
             f"onnxruntime refuses the ONNX network ({_reason(error)}). Get the file "
             "again, or export it again for this version of onnxruntime."
         ) from error
+
+
+def _providers(device: str) -> list[tuple[str, dict[str, str]]]:
+    """Say what runs a graph, and on which of several GPUs."""
+    kind, _, index = device.partition(":")
+    first, *others = _PROVIDERS[kind]
+    chosen = {"device_id": index} if kind == "cuda" and index else {}
+    return [(first, chosen), *((name, {}) for name in others)]
 
 
 def _translated(error: Exception) -> Exception:

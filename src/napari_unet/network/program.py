@@ -12,7 +12,7 @@ from napari_unet.network.unet import UNet
 if TYPE_CHECKING:
     import torch
 
-    from napari_unet.network.config import ProgramConfig
+    from napari_unet.network.program_config import ProgramConfig
 
 
 class Program(nn.Module):

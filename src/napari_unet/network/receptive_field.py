@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from napari_unet.network.config import Config, ProgramConfig, UNetConfig
+from napari_unet.network.program_config import ProgramConfig
 from napari_unet.network.unet import UNet
+
+if TYPE_CHECKING:
+    from napari_unet.network.config import Config, UNetConfig
 
 Interval = tuple[int, int]  # first and last index, both included
 

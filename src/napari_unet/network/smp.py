@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from napari_unet.network.config import ProgramConfig
+    from napari_unet.network.program_config import ProgramConfig
 
 # What a name cannot have that would be looked up somewhere else, or downloaded.
 _ENCODER = re.compile(r"[A-Za-z0-9_.-]{1,100}")

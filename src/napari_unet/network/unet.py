@@ -149,6 +149,7 @@ class UNet(nn.Module):
             if config.skip_connections:
                 skip = crop_to(skip, list(x.shape[2:]))
                 x = x + skip if config.skips == "add" else torch.cat([skip, x], dim=1)
+            del skip  # its memory, before what the block needs
             x = block(x)
         if cropping:
             x = narrow(x, cropping.kept)

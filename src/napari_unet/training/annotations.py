@@ -9,8 +9,9 @@ import cc3d
 import numpy as np
 
 from napari_unet.errors import BadInput
+from napari_unet.inference.source import DEFAULT_AXES
 from napari_unet.training.regions import fill_region
-from napari_unet.training.weight_map import cut_gaps
+from napari_unet.training.weight_map import cut_gaps, number_objects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 MAX_CLASS = 255  # more are objects that were taken for classes
-_DEFAULT_AXES = {2: "YX", 3: "ZYX", 4: "TZYX"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class Annotation:
     @property
     def image_axes(self) -> str:
         """One letter for each axis of the image."""
-        default = _DEFAULT_AXES.get(len(np.shape(self.image)), "")
+        default = DEFAULT_AXES.get(len(np.shape(self.image)), "")
         return default if self.axes is None else self.axes.upper()
 
     @property
@@ -247,10 +247,10 @@ def _derive(annotation: Annotation, labels: NDArray, known: NDArray) -> Truth:
     painted = _painted(annotation, labels, known)
     if annotation.labels_are == "classes":
         target = painted.astype(np.uint8)
-        objects = _number(_cut_within_classes(_components(target), target))
+        objects = number_objects(_cut_within_classes(_components(target), target))
         target[objects == 0] = 0
     else:
-        objects = _number(cut_gaps(painted))
+        objects = number_objects(cut_gaps(painted))
         target = (objects > 0).astype(np.uint8)
     return Truth(target, objects, np.ascontiguousarray(known))
 
@@ -285,15 +285,6 @@ def _cut_within_classes(
         of_class = target == number
         cut[of_class] = cut_gaps(np.where(of_class, objects, 0))[of_class]
     return cut
-
-
-def _number(objects: NDArray) -> NDArray[np.int32]:
-    """Number objects 1 … n whatever their values."""
-    numbers = np.zeros(objects.shape, np.int32)
-    foreground = objects != 0
-    _, index = np.unique(objects[foreground], return_inverse=True)
-    numbers[foreground] = index + 1
-    return numbers
 
 
 def _known_classes(annotation: Annotation, labels: NDArray, known: NDArray) -> set[int]:

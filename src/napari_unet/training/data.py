@@ -14,6 +14,7 @@ from napari_unet.training.adapt import adapted_copy
 from napari_unet.training.annotations import derive_truths
 from napari_unet.training.patches import training_image
 from napari_unet.training.plan import PatchPlan, choose_plan
+from napari_unet.training.regions import box_of
 from napari_unet.training.settings import TrainingStep
 from napari_unet.training.split import AnnotatedUnit, hold_out
 from napari_unet.training.validation import HeldOut, held_out_part
@@ -205,19 +206,15 @@ class _Facts:
     def add(self, one: _Opened, unit: AnnotatedUnit) -> None:
         """Look at the box of what is known in a unit."""
         truth = unit.truth
-        used = [
-            np.flatnonzero(truth.known.any(_but(axis, truth.known.ndim)))
-            for axis in range(truth.known.ndim)
-        ]
-        start = [int(places[0]) for places in used]
-        stop = [int(places[-1]) + 1 for places in used]
+        box = box_of(truth.known)
+        start, stop = [side.start for side in box], [side.stop for side in box]
         raw = one.source.read(unit.place, start, stop)
-        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         where = f"{unit.annotation} {sorted(unit.place.items())} {start} {raw.shape}"
         self.digest.update(f"{where} {raw.dtype.str}".encode())
         for array in (raw, truth.target[box], truth.objects[box], truth.known[box]):
             self.digest.update(np.ascontiguousarray(array).tobytes())
-        self._raw.append(raw.ravel()[:: max(1, raw.size // _SAMPLE)])
+        # A view would keep the whole image.
+        self._raw.append(raw.ravel()[:: max(1, raw.size // _SAMPLE)].copy())
         ratio = np.prod([axis.target / axis.source for axis in one.grid])
         sizes = np.bincount(truth.objects.ravel())[1:]
         sizes = sizes[sizes > 0]
@@ -237,10 +234,6 @@ class _Facts:
             return 0.0, 0.0
         low, high = np.percentile(raw, [1, 99.8])
         return float(low), float(high)
-
-
-def _but(axis: int, ndim: int) -> tuple[int, ...]:
-    return tuple(n for n in range(ndim) if n != axis)
 
 
 def _with_pixel_size(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -15,6 +15,7 @@ from napari_unet.errors import OutOfMemory, UnetError
 from napari_unet.inference.backends import is_out_of_memory
 from napari_unet.inference.executors import computes_bfloat16
 from napari_unet.inference.segment import segment_steps
+from napari_unet.steps import mapped_steps
 from napari_unet.training.feed import Feed
 from napari_unet.training.losses import (
     binary_cross_entropy,
@@ -28,6 +29,7 @@ from napari_unet.training.settings import TrainingStep, View
 from napari_unet.training.snapshot import Best, Saved, Snapshot, write_snapshot
 from napari_unet.training.validation import (
     FEW_THRESHOLDS,
+    THRESHOLDS,
     predict_held_out_steps,
     score,
     tune_steps,
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from napari_unet.training.losses import Loss
     from napari_unet.training.plan import PatchPlan
     from napari_unet.training.settings import TrainingSettings
-    from napari_unet.training.validation import Predicted
 
 __all__ = ["Training", "is_better", "learning_rate"]
 
@@ -55,8 +56,12 @@ Result = TypeVar("Result")
 Beats: TypeAlias = Generator[TrainingStep, View | None, Result]
 
 _LARGEST_GRADIENT = 5.0
-_RATE = {"default": 1e-3, "paper": 1e-3}
+_RATE = 1e-3
 _WARM_UP = 100  # steps at most, and a tenth of all
+_UNSAVED = 60.0  # seconds, at most
+# A GPU looks at the held-out part every second or two, and to write a large network
+# takes as long.
+_UNSAVED_ON_GPU = 10.0
 
 
 class Training:
@@ -204,37 +209,36 @@ class Training:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def look_steps(self) -> Beats[dict[str, float]]:
-        """Score the network as it is on the held-out part, with heartbeats."""
-        passport = self.data.model.passport
-        predicted = yield from self.predict_steps()
-        grows = (passport.grow,)
-        objects = yield from self.tune_steps(predicted, FEW_THRESHOLDS, grows)
-        return score(predicted, passport, objects)
+    def look_steps(
+        self, *, thoroughly: bool = False
+    ) -> Beats[tuple[dict[str, float], ObjectSettings]]:
+        """Score the network as it is on the held-out part, with heartbeats.
 
-    def tune_steps(
-        self,
-        predicted: Sequence[Predicted],
-        thresholds: Sequence[float],
-        grows: Sequence[int],
-    ) -> Beats[ObjectSettings]:
-        """Choose how objects are made of a prediction, with heartbeats."""
-        passport = self.data.model.passport
-        sizes = (passport.minimal_size, self.data.smallest_object)
-        steps = tune_steps(predicted, passport, thresholds, grows, sizes)
-        return (yield from self.beats(steps, "scoring"))
+        Parameters
+        ----------
+        thoroughly : bool
+            Try all ways to make objects of its prediction, instead of a few.
 
-    def predict_steps(self) -> Beats[list[Predicted]]:
-        """Predict the held-out part with the network as it is, with heartbeats."""
+        Returns
+        -------
+        dict of str to float
+            The scores; see `TrainingStep`.
+        ObjectSettings
+            How the objects were made that have them: as is best for this network.
+        """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the engine sizes its tiles by what is free
-        steps = predict_held_out_steps(
-            self.data.model,
-            self.data.held_out,
-            str(self._device),
-            self._settings.precision,
-        )
-        return (yield from self.beats(steps, "scoring"))
+        device, precision = str(self._device), self._settings.precision
+        held_out = self.data.held_out
+        steps = predict_held_out_steps(self.data.model, held_out, device, precision)
+        predicted = yield from self.beats(steps, "scoring")
+        passport = self.data.model.passport
+        sizes = (passport.minimal_size, self.data.smallest_object)
+        thresholds = THRESHOLDS if thoroughly else FEW_THRESHOLDS
+        grows = (passport.grow, 1) if thoroughly else (passport.grow,)
+        tuning = tune_steps(predicted, passport, thresholds, grows, sizes)
+        objects = yield from self.beats(tuning, "scoring")
+        return score(predicted, passport, objects), objects
 
     def keep_if_best(self, step: int, scores: dict[str, float]) -> bool:
         """Note the scores after a step; keep the network if it is the best."""
@@ -244,13 +248,23 @@ class Training:
         if state.best is not None and not is_better(scores, state.best.scores):
             return False
         weights = {
-            name: tensor.detach().to("cpu", copy=True)
+            name: tensor.detach().to(
+                "cpu", copy=True, memory_format=torch.contiguous_format
+            )
             for name, tensor in self.network.state_dict().items()
         }
         state.best, state.stale = Best(step, scores, weights), 0
         return True
 
-    def save(self) -> None:
+    def save_in_time(self, *, has_looked: bool) -> None:
+        """Save after a look at the held-out part, and when a kill would cost much."""
+        wait = _UNSAVED
+        if has_looked:
+            wait = 0.0 if self._device.type == "cpu" else _UNSAVED_ON_GPU
+        if time.monotonic() >= self._saved_at + wait:
+            self._save()
+
+    def _save(self) -> None:
         """Write all that is needed to go on, if there is a file for it."""
         self._saved_at = time.monotonic()
         if self._path is None:
@@ -265,11 +279,6 @@ class Training:
             self.optimizer.state_dict(),
         )
         write_snapshot(saved)
-
-    @property
-    def seconds_unsaved(self) -> float:
-        """How much work a kill would cost."""
-        return time.monotonic() - self._saved_at
 
     def saves_to(self, path: Path | None, identity: dict[str, Any]) -> None:
         """Name the file of the snapshots; None for none."""
@@ -313,15 +322,10 @@ class Training:
         self, steps: Generator[Progress | None, None, Result], message: str
     ) -> Beats[Result]:
         """Run a computation; what it yields becomes heartbeats of the training."""
-        with closing(steps):
-            while True:
-                try:
-                    progress = next(steps)
-                except StopIteration as stop:
-                    result: Result = stop.value
-                    return result
-                note = progress.note if progress else ""
-                yield from self.tell(message=message, note=note)
+        return mapped_steps(
+            steps,
+            lambda tick: self.tell(message=message, note=tick.note if tick else ""),
+        )
 
     def tell(self, **what: Any) -> Generator[TrainingStep, View | None, None]:
         """Yield one step, and take the view if another one is sent; notes only once."""
@@ -370,7 +374,7 @@ def learning_rate(settings: TrainingSettings, step: int) -> float:
     The paper's stays. The default's rises linearly in the first tenth of the steps,
     at most 100, and then falls as half a period of a cosine.
     """
-    rate = settings.learning_rate or _RATE[settings.preset]
+    rate = settings.learning_rate or _RATE
     if settings.preset == "paper":
         return rate
     warm_up = min(_WARM_UP, max(1, settings.steps // 10))

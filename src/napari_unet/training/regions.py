@@ -1,10 +1,11 @@
-"""Boxes and polygons drawn on an image, as pixels."""
+"""Parts of an image: the pixels of boxes and polygons, and a box around pixels."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.ndimage import find_objects
 from skimage.draw import polygon
 
 from napari_unet.errors import BadInput
@@ -12,7 +13,7 @@ from napari_unet.errors import BadInput
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["fill_region"]
+__all__ = ["box_of", "fill_region"]
 
 _FLAT = 1e-3  # pixels by which the corners of a region may leave their plane
 
@@ -63,6 +64,12 @@ def fill_region(known: NDArray[np.bool_], region: ArrayLike, number: int) -> Non
             return
         index[first + axis] = position
     _fill_polygon(known[tuple(index)], vertices[:, lies_in])
+
+
+def box_of(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """Return the box around the pixels of a mask, which has some."""
+    (box,) = find_objects(mask.astype(np.uint8))
+    return tuple(box)
 
 
 def _fill_polygon(planes: NDArray[np.bool_], vertices: NDArray) -> None:

@@ -11,6 +11,7 @@ from napari_unet.inference.classify import foreground
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.instances import label_classes
 from napari_unet.inference.settings import ObjectSettings
+from napari_unet.training.regions import box_of
 from napari_unet.training.scores import score_images
 
 if TYPE_CHECKING:
@@ -107,14 +108,12 @@ def held_out_part(
     -------
     HeldOut
     """
-    box, region = [], {axis: slice(at, at + 1) for axis, at in place.items()}
-    for axis, letter in enumerate("ZYX"[-held.ndim :]):
-        others = tuple(n for n in range(held.ndim) if n != axis)
-        used = np.flatnonzero(held.any(others))
-        stop = min(int(used[-1]) + 1 + _CONTEXT, held.shape[axis])
-        box.append(slice(max(int(used[0]) - _CONTEXT, 0), stop))
-        region[letter] = box[-1]
-    inside = tuple(box)
+    inside = tuple(
+        slice(max(used.start - _CONTEXT, 0), min(used.stop + _CONTEXT, side))
+        for used, side in zip(box_of(held), held.shape, strict=True)
+    )
+    region = {axis: slice(at, at + 1) for axis, at in place.items()}
+    region |= zip("ZYX"[-held.ndim :], inside, strict=True)
     known = held[inside].copy()
     return HeldOut(
         annotation,

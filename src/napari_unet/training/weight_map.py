@@ -15,7 +15,7 @@ from napari_unet.training.settings import W0_SIGMA
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["border_weight_map", "cut_gaps"]
+__all__ = ["border_weight_map", "cut_gaps", "number_objects"]
 
 _SMALL = 0xFFFF  # numbers that may be left as they are, also with gaps between them
 # Border weights below this are left out: it bounds how far an object reaches.
@@ -69,7 +69,7 @@ def border_weight_map(
         objects. Only for "falk".
     device : str, optional
         Where torch computes d1 and d2: worth it on a GPU only, and much so in 3D. By
-        default scipy does.
+        default, and where memory runs out there, scipy does.
 
     Returns
     -------
@@ -164,16 +164,26 @@ def _border_term(
         return term
     reach = math.ceil(sigma * math.sqrt(2 * math.log(w0 / _NEGLIGIBLE)))
     objects = _numbered(labels)
-    if device is None:
-        first, second = _two_nearest(objects, reach)
-    else:
-        from napari_unet.training.two_nearest import two_nearest
-
-        first, second = two_nearest(objects, reach, device)
+    found = _two_nearest_on(device, objects, reach) if device else None
+    first, second = found or _two_nearest(objects, reach)
     between = (labels == 0) & np.isfinite(second)
     both = first[between].astype(np.float64) + second[between]
     term[between] = w0 * np.exp(-((both / sigma) ** 2) / 2)
     return term
+
+
+def _two_nearest_on(
+    device: str, objects: NDArray[np.int32], reach: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Let torch compute; None if the device is full."""
+    import torch
+
+    from napari_unet.training.two_nearest import two_nearest
+
+    try:
+        return two_nearest(objects, reach, device)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _two_nearest(
@@ -214,6 +224,11 @@ def _numbered(labels: NDArray) -> NDArray[np.int32]:
     """Give the objects small numbers, whatever their values."""
     if labels.min(initial=0) >= 0 and labels.max(initial=0) <= _SMALL:
         return labels.astype(np.int32)
+    return number_objects(labels)
+
+
+def number_objects(labels: NDArray) -> NDArray[np.int32]:
+    """Number objects 1 … n whatever their values."""
     numbers = np.zeros(labels.shape, np.int32)
     foreground = labels != 0
     _, index = np.unique(labels[foreground], return_inverse=True)
