@@ -11,7 +11,8 @@ from napari_unet.training.annotations import Annotation
 from napari_unet.training.project import load_project, save_project
 from napari_unet.training.project_file import is_project
 from napari_unet.training.settings import TrainingSettings
-from napari_unet.widgets._autosave import Autosave, Choices, Contents, find_left
+from napari_unet.widgets._autosave import Autosave, Choices, Contents
+from napari_unet.widgets._slots import find_left
 
 
 class Docked:

@@ -21,8 +21,8 @@ from napari_unet.training.project import load_project, save_project
 from napari_unet.training.project_file import is_project
 from napari_unet.training.settings import TrainingSettings
 from napari_unet.widgets import _project
-from napari_unet.widgets._autosave import find_left
 from napari_unet.widgets._session import Session
+from napari_unet.widgets._slots import find_left
 from napari_unet.widgets._training import outlines
 from napari_unet.widgets.fine_tune import FineTuneWidget
 

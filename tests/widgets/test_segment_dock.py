@@ -59,6 +59,18 @@ def test_segment_twice_updates_the_same_layer(desk):
     assert len(on.viewer.layers) == 2
 
 
+def test_a_click_shows_what_was_hidden_and_a_slider_does_not(desk):
+    on = desk()
+    on.viewer.add_image(spots(64, 64), name="cells")
+    on.segment()
+    on.labels.visible = False
+    on.dock._objects._smallest.setValue(40)
+    on.wait_until(lambda: not on.labels.data.any())
+    assert not on.labels.visible
+    on.segment()
+    assert on.labels.visible
+
+
 def test_rerun_follows_the_image(desk):
     on = desk()
     image = on.viewer.add_image(spots(64, 64), name="cells")

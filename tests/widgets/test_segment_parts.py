@@ -38,7 +38,7 @@ def look_at(on, side: int) -> None:
 def whole_labels(on) -> np.ndarray:
     """Make objects of what the dock has kept, with what its sliders say."""
     settings = on.dock._object_settings(on.session.model)
-    return label_objects(on.dock._store.data[0], settings)
+    return label_objects(on.dock._segmented.store.data[0], settings)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from qtpy.QtWidgets import (
 from superqt.utils import signals_blocked
 
 from napari_unet.widgets import _layers, _pairs
-from napari_unet.widgets._dock import heading, narrow, text_label, while_alive
+from napari_unet.widgets._dock import TextLabel, heading, narrow, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class AnnotationPanel(QWidget):
         self._regions.activated.connect(lambda _: self._choose_regions())
         form.addRow("Regions", self._regions)
         column.addLayout(self._buttons())
-        self.listed = text_label(lines=2)
+        self.listed = TextLabel(lines=2)
         column.addWidget(self.listed)
         column.addLayout(self._unpainted_row(unpainted))
 

@@ -19,7 +19,7 @@ from napari_unet.batch.job import BatchJob
 from napari_unet.errors import BadInput
 from napari_unet.inference.settings import DEVICES, ObjectSettings
 from napari_unet.widgets import _session
-from napari_unet.widgets._dock import form_rows, make_fold, text_label, while_alive
+from napari_unet.widgets._dock import Fold, TextLabel, form_rows, make_fold, while_alive
 from napari_unet.widgets._folder_field import FolderField
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
@@ -32,8 +32,6 @@ from napari_unet.widgets._running import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from superqt import QCollapsible
 
     from napari_unet.batch.job import SegmentSettings
     from napari_unet.models.model import Model, Passport
@@ -110,7 +108,7 @@ class BatchForm(QWidget):
         )
         self.output.text.textEdited.connect(self._on_output_edited)
         self.chooser = ModelChooser(self._session, wanted, self._on_chooser)
-        self.about = text_label(lines=3)
+        self.about = TextLabel(lines=3)
         form.addRow("Images", self.input)
         form.addRow("Named", names)
         form.addRow("Results", self.output)
@@ -148,7 +146,7 @@ class BatchForm(QWidget):
         column.addLayout(boxes)
         return column
 
-    def _more(self) -> QCollapsible:
+    def _more(self) -> Fold:
         self._axes = LineEdit(
             label="Axes",
             tooltip="One letter for each axis of the images: T, C, Z, Y, X, S "
@@ -172,8 +170,9 @@ class BatchForm(QWidget):
         self._memory_limit = choose_memory_limit()
         self._augment = choose_averaging()
         self._float32 = CheckBox(
-            text="Exact on the GPU, too",
-            tooltip="Slower on a GPU, with the same numbers as on the CPU.",
+            text="Round nothing to 16 bits",
+            tooltip="Slower on a GPU or a newer processor. Then all devices give the "
+            "same numbers.",
         )
         fields: list[Any] = [
             *(self._axes, self._pixel_size, self._channels),
@@ -267,7 +266,7 @@ class BatchForm(QWidget):
                     "precision": "float32" if self._float32.value else "auto",
                     "test_time_augmentation": self._augment.value,
                     "device": self._device.value,
-                    "tile": self._tile.value or None,
+                    "tile": int(self._tile.value) or None,
                     "memory_limit": self._memory_limit.value or None,
                 },
                 "format": self._format.currentData(),

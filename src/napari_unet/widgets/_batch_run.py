@@ -6,11 +6,10 @@ What they need is imported when they run, in a thread: torch takes seconds.
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from napari_unet.steps import Progress
+from napari_unet.steps import Progress, mapped_steps
 from napari_unet.widgets._batch_table import Row
 
 if TYPE_CHECKING:
@@ -75,25 +74,24 @@ def run_batch_steps(
     from napari_unet.batch.folder import batch_steps
 
     gathered = _Gathered()
-    with closing(batch_steps(job, resume=resume, overwrite=overwrite)) as steps:
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                if gathered.changed:
-                    yield gathered.take()
-                report: BatchReport = stop.value
-                return report
-            if step.name:
-                gathered.add(step)
-                if gathered.is_due:
-                    yield gathered.take()
-                continue
-            # What is done beside the files comes seldom, and may take long.
-            if gathered.changed:
+
+    def gather(step: BatchProgress) -> Generator[BatchStep, None, None]:
+        if step.name:
+            gathered.add(step)
+            if gathered.is_due:
                 yield gathered.take()
-            done = PARTS * step.done // max(step.total, 1)
-            yield BatchStep(done, PARTS, step.message or "preparing", step.note)
+            return
+        # What is done beside the files comes seldom, and may take long.
+        if gathered.changed:
+            yield gathered.take()
+        done = PARTS * step.done // max(step.total, 1)
+        yield BatchStep(done, PARTS, step.message or "preparing", step.note)
+
+    steps = batch_steps(job, resume=resume, overwrite=overwrite)
+    report = yield from mapped_steps(steps, gather)
+    if gathered.changed:
+        yield gathered.take()
+    return report
 
 
 class _Gathered:

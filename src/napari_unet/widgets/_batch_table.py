@@ -61,8 +61,7 @@ class Row:
             return self.name
         if column == STATUS:
             if entry is not None and entry.reason:
-                own = self.name.rpartition("/")[2]  # is said in this row already
-                return f"failed: {entry.reason.removeprefix(own).lstrip()}"
+                return f"failed: {entry.reason}"
             words = _WORDS.get(self.status, self.status)
             has_notes = entry is not None and entry.notes
             return f"{words}, note" if has_notes and words == "done" else words

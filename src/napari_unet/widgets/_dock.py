@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from magicgui.widgets import CheckBox
 from qtpy.compat import isalive
-from qtpy.QtCore import QObject, Qt
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer
+from qtpy.QtGui import QIcon, QShowEvent
 from qtpy.QtWidgets import (
     QComboBox,
+    QDockWidget,
     QFormLayout,
     QFrame,
     QHBoxLayout,
     QLabel,
+    QMainWindow,
     QProgressBar,
     QPushButton,
     QScrollArea,
@@ -24,12 +27,25 @@ from qtpy.QtWidgets import (
 )
 from superqt import QCollapsible
 
-from napari_unet.steps import Progress  # noqa: TC001 (Qt slots)
+from napari_unet.steps import Progress, describe_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def while_alive(method: Method) -> Method:
+    """Make a method of a `QObject` do nothing once Qt has deleted the object.
+
+    For callbacks of the viewer and the session, which outlive the docks.
+    """
+
+    @wraps(method)
+    def guarded(self: QObject, *args: Any) -> Any:
+        return method(self, *args) if isalive(self) else None
+
+    return guarded  # type: ignore[return-value]
 
 
 class Dock(QScrollArea):
@@ -46,6 +62,34 @@ class Dock(QScrollArea):
         self.column.setContentsMargins(8, 8, 8, 8)
         self.column.setSpacing(6)
         self.setWidget(body)
+        self._is_placed = False
+
+    def showEvent(self, event: QShowEvent | None) -> None:
+        """Become a tab of the dock that is there, when it is opened."""
+        super().showEvent(event)
+        if not self._is_placed:
+            self._is_placed = True
+            QTimer.singleShot(0, self._join_others)
+
+    @while_alive
+    def _join_others(self) -> None:
+        """Lie on our other docks: below them, the button of neither is to be seen."""
+        window, mine = self.window(), self.parent()
+        if not (isinstance(window, QMainWindow) and isinstance(mine, QDockWidget)):
+            return
+        area = window.dockWidgetArea(mine)
+        for other in window.findChildren(QDockWidget):
+            if (
+                other is not mine
+                and isinstance(other.widget(), Dock)
+                and other.isVisible()
+                and not other.isFloating()
+                and window.dockWidgetArea(other) == area
+            ):
+                window.tabifyDockWidget(other, mine)
+                mine.show()
+                mine.raise_()
+                return
 
     def add_form(self) -> QFormLayout:
         """Append rows with labels on the left, fields filling the width."""
@@ -64,19 +108,6 @@ def form_rows() -> QFormLayout:
     return form
 
 
-def while_alive(method: Method) -> Method:
-    """Make a method of a `QObject` do nothing once Qt has deleted the object.
-
-    For callbacks of the viewer and the session, which outlive the docks.
-    """
-
-    @wraps(method)
-    def guarded(self: QObject, *args: Any) -> Any:
-        return method(self, *args) if isalive(self) else None
-
-    return guarded  # type: ignore[return-value]
-
-
 def narrow(chooser: QComboBox) -> QComboBox:
     """Let a list be narrower than its entries; long names show as tooltips."""
     chooser.setSizeAdjustPolicy(
@@ -88,18 +119,44 @@ def narrow(chooser: QComboBox) -> QComboBox:
     return chooser
 
 
-def text_label(lines: int = 1) -> QLabel:
-    """Make a label that keeps the height of some lines, so that nothing jumps."""
-    label = QLabel()
-    label.setWordWrap(True)
-    label.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
-    label.setMinimumHeight(lines * label.fontMetrics().lineSpacing() + 2)
-    label.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
-    label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-    return label
+class TextLabel(QLabel):
+    """Keeps the height of some lines, so that nothing jumps."""
+
+    def __init__(self, lines: int = 1):
+        super().__init__()
+        self._lines = lines
+        self.setWordWrap(True)
+        self.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
+        self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
+        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        """Make room for the lines in the font of napari's theme."""
+        super().changeEvent(event)
+        if event is not None and event.type() == QEvent.Type.FontChange:
+            text = self.text()
+            self.setText("\n".join("x" * self._lines))
+            self.setMinimumHeight(self.heightForWidth(self.maximumWidth()))
+            self.setText(text)
 
 
-def make_fold(fields: Iterable[Any]) -> QCollapsible:
+class Fold(QCollapsible):
+    """Closed at first.
+
+    Its arrow is a letter, which has the colour of the theme; superqt draws a black one.
+    """
+
+    def __init__(self, title: str):
+        super().__init__(title, expandedIcon=QIcon(), collapsedIcon=QIcon())
+        self._title = title
+        self.toggled.connect(self._show_arrow)
+        self._show_arrow(False)
+
+    def _show_arrow(self, is_open: bool) -> None:
+        self.setText(f"{'▾' if is_open else '▸'} {self._title}")
+
+
+def make_fold(fields: Iterable[Any]) -> Fold:
     """Put options that most people never touch under a closed fold.
 
     Parameters
@@ -114,7 +171,7 @@ def make_fold(fields: Iterable[Any]) -> QCollapsible:
             form.addRow(field.native)
         else:
             form.addRow(field.label, field.native)
-    fold = QCollapsible("More")
+    fold = Fold("More")
     fold.addWidget(page)
     return fold
 
@@ -165,7 +222,7 @@ class JobRow(QWidget):
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setFixedHeight(8)
-        self.status = text_label(lines=2)
+        self.status = TextLabel(lines=2)
         buttons = QHBoxLayout()
         buttons.addWidget(self.start, stretch=3)
         if on_pause is not None:
@@ -228,7 +285,8 @@ class JobRow(QWidget):
         left = ""
         if 0 < step.done < step.total:
             seconds = self.seconds / step.done * (step.total - step.done)
-            left = f" · {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+            clock = f"0:{int(seconds):02d}"  # without fractions
+            left = f" · {describe_seconds(seconds) if seconds >= 60 else clock} left"
         self.status.setText(f"{step.message}{left}")
 
     @property

@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from qtpy.QtCore import QObject
-from qtpy.QtWidgets import QComboBox, QFormLayout, QLineEdit
+from qtpy.QtWidgets import QComboBox, QFormLayout, QHBoxLayout, QLabel, QLineEdit
 from superqt.utils import signals_blocked
 
 from napari_unet.errors import BadInput
@@ -14,6 +14,7 @@ from napari_unet.inference.source import open_source
 from napari_unet.widgets import _layers
 from napari_unet.widgets._channels import ChannelChoosers, resolve, take_channels
 from napari_unet.widgets._dock import narrow, while_alive
+from napari_unet.widgets._file_facts import is_being_read, read_file_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +63,12 @@ class ImageChooser(QObject):
         )
         self._axes.textEdited.connect(self._on_axes)
         form.addRow("Image", self._list)
-        form.addRow("Axes", self._axes)
+        self._guessed = QLabel("guessed")
+        self._guessed.setToolTip("Neither the layer nor its file says its axes.")
+        row = QHBoxLayout()
+        row.addWidget(self._axes)
+        row.addWidget(self._guessed)
+        form.addRow("Axes", row)
         self._channels = ChannelChoosers(form, on_change)
         viewer.layers.events.inserted.connect(self.reset)
         viewer.layers.events.removed.connect(self.reset)
@@ -97,6 +103,8 @@ class ImageChooser(QObject):
     def engine_input(self) -> tuple[Any, str, list[int] | None]:
         """Return image, axes and channels for the engine; raise `BadInput`."""
         layer = self.layer
+        if layer is not None and is_being_read(layer):
+            raise BadInput("The header of the file is being read.")
         if layer is not None and layer.rgb != ("S" in self.axes):
             raise BadInput(
                 "The layer is RGB: its last axis is S, for example YXS."
@@ -139,6 +147,7 @@ class ImageChooser(QObject):
                 self._list.addItem(layer.name, layer)
                 # napari keeps one callback, however often it is connected.
                 layer.events.name.connect(self._on_renamed)
+                read_file_facts(layer, self._on_choice)
             first = min(len(layers), 1) - 1
             self._list.setCurrentIndex(
                 layers.index(wanted) if wanted in layers else first
@@ -154,15 +163,24 @@ class ImageChooser(QObject):
         for index in range(self._list.count()):
             self._list.setItemText(index, self._list.itemData(index).name)
 
+    @while_alive
     def _on_choice(self) -> None:
         layer = self.layer
-        axes = ""
-        if layer is not None:
-            axes = self.axes_of(layer)
-        self._axes.setText(axes)
+        self._axes.setText("" if layer is None else self.axes_of(layer))
+        self._say_if_guessed()
         self._on_change()
 
     def _on_axes(self, text: str) -> None:
         if self.layer is not None:
             self._axes_by_layer[self.layer] = text.strip().upper()
+        self._say_if_guessed()
         self._on_change()
+
+    def _say_if_guessed(self) -> None:
+        layer = self.layer
+        self._guessed.setVisible(
+            layer is not None
+            and layer.ndim > 2
+            and layer not in self._axes_by_layer
+            and not _layers.known_axes(layer)
+        )

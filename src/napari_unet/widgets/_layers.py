@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from napari.layers import Image, Labels
 
+from napari_unet.widgets._file_facts import file_facts
+
 if TYPE_CHECKING:
     from napari.layers import Layer
     from napari.viewer import Viewer
@@ -32,7 +34,7 @@ def image_array(layer: Image) -> Any:
 
 
 def guess_axes(layer: Image) -> str:
-    """Name the axes by the layer's axis labels, else by their number and units.
+    """Name the axes by the layer's labels, its file, or their number and units.
 
     Parameters
     ----------
@@ -45,22 +47,33 @@ def guess_axes(layer: Image) -> str:
     str
         Letters of "TCZYX", with "S" at the end for RGB.
     """
-    letters = "".join(str(label)[:1].upper() for label in layer.axis_labels)
-    named = set(letters) <= set("TCZYX") and len(set(letters)) == len(letters)
-    if not named:
-        letters = "TCZYX" if layer.ndim == 5 else "TZYX"[-layer.ndim :]
-        if layer.ndim == 3 and layer.units[0].is_compatible_with("second"):
-            letters = "TYX"
+    if axes := known_axes(layer):
+        return axes
+    letters = "TCZYX" if layer.ndim == 5 else "TZYX"[-layer.ndim :]
+    if layer.ndim == 3 and layer.units[0].is_compatible_with("second"):
+        letters = "TYX"
     return letters + ("S" if layer.rgb else "")
+
+
+def known_axes(layer: Image) -> str:
+    """Return the axes as the layer's labels or its file name them, or ""."""
+    letters = "".join(str(label)[:1].upper() for label in layer.axis_labels)
+    if set(letters) <= set("TCZYX") and len(set(letters)) == len(letters):
+        return letters + ("S" if layer.rgb else "")
+    facts = file_facts(layer, image_array(layer).shape)
+    return facts.axes if facts else ""
 
 
 def pixel_size(layer: Image, axes: str) -> dict[str, float]:
     """Return the layer's pixel size in µm by axis letter, as far as it is known.
 
-    Without units a scale other than 1 is taken as µm, as most readers mean it.
+    Without units a scale other than 1 is taken as µm, as most readers mean it. What
+    the layer does not say, its file may.
     """
-    sizes = {}
     letters = axes.replace("S", "")
+    facts = file_facts(layer, image_array(layer).shape)
+    in_file = facts.pixel_size if facts else {}
+    sizes = {axis: size for axis, size in in_file.items() if axis in letters}
     for axis, scale, unit in zip(letters, layer.scale, layer.units, strict=True):
         if axis not in "ZYX":
             continue

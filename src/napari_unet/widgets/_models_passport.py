@@ -17,7 +17,7 @@ from qtpy.QtGui import (
 from qtpy.QtWidgets import QLabel, QMenu, QVBoxLayout, QWidget
 
 from napari_unet.models.description import facts
-from napari_unet.widgets._dock import heading, text_label
+from napari_unet.widgets._dock import TextLabel, heading
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,7 +43,7 @@ class PassportView(QWidget):
         self._caption = row.findChild(QLabel)
         self.picture = QLabel()
         self.picture.setToolTip("What it finds in an image of its training.")
-        self.text = text_label()
+        self.text = TextLabel()
         self.text.setTextFormat(Qt.TextFormat.RichText)
         self.text.installEventFilter(self)
         self.text.setContextMenuPolicy(Qt.ContextMenuPolicy.CustomContextMenu)

@@ -16,7 +16,7 @@ from napari_unet.models.checkpoint import read_model
 from napari_unet.models.model import Model
 from napari_unet.steps import Progress, run_to_end
 from napari_unet.widgets import _layers
-from napari_unet.widgets._dock import form_rows, text_label, while_alive
+from napari_unet.widgets._dock import TextLabel, form_rows, while_alive
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._live import limit_preview
 from napari_unet.widgets._models_overlay import Overlay
@@ -128,7 +128,7 @@ class FactsPreview(QWidget):
         rows = QWidget()
         form = form_rows()
         rows.setLayout(form)
-        self.status = text_label(lines=2)
+        self.status = TextLabel(lines=2)
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         column.setSpacing(6)

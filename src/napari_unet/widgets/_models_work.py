@@ -12,7 +12,7 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from napari_unet.widgets._dock import text_label, while_alive
+from napari_unet.widgets._dock import TextLabel, while_alive
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class WorkRow(QWidget):
         self._undo: Callable[[], None] | None = None
         self._stops = False  # whether what is being done can be cancelled
         self.busy = ""  # what is being done
-        self.status = text_label(lines=2)
+        self.status = TextLabel(lines=2)
         self.bar = QProgressBar()
         self.bar.setTextVisible(False)
         self.bar.setFixedHeight(8)

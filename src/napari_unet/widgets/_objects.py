@@ -9,7 +9,7 @@ from qtpy.QtWidgets import QCheckBox, QFormLayout, QLabel, QVBoxLayout, QWidget
 from superqt import QLabeledDoubleSlider, QLabeledSlider
 from superqt.utils import signals_blocked
 
-from napari_unet.widgets._dock import heading, text_label
+from napari_unet.widgets._dock import TextLabel, heading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ class ObjectsPanel(QWidget):
             "Cut objects that hang together at a neck. Good for round objects; leave "
             "it off for branched or long ones."
         )
-        self.count = text_label()
+        self.count = TextLabel()
         form = QFormLayout()
         form.setContentsMargins(0, 0, 0, 0)
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qtpy.QtWidgets import QHBoxLayout, QPushButton, QVBoxLayout, QWidget
 
-from napari_unet.widgets._dock import text_label
+from napari_unet.widgets._dock import TextLabel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ class Offer(QWidget):
     ):
         super().__init__()
         self._on_discard = on_discard
-        self.text = text_label(lines=2)
+        self.text = TextLabel(lines=2)
         self.accept = QPushButton(accept)
         self.accept.setToolTip(tip)
         self.accept.clicked.connect(lambda: on_accept())

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from magicgui.widgets import CheckBox, ComboBox, FloatSpinBox, SpinBox
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QFormLayout, QLabel, QPushButton, QVBoxLayout, QWidget
-from superqt import QCollapsible
 
 from napari_unet.models.model import BorderWeights
 from napari_unet.training.settings import (
@@ -15,6 +14,7 @@ from napari_unet.training.settings import (
     AugmentationSettings,
     TrainingSettings,
 )
+from napari_unet.widgets._dock import Fold
 from napari_unet.widgets._running import choose_device
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TrainingOptions(QWidget):
             "Schedule": self._schedule_widgets(),
         }
         for title, widgets in folds.items():
-            fold = QCollapsible(title)
+            fold = Fold(title)
             fold.addWidget(_rows(widgets))
             if title == "Loss and weights":
                 fold.addWidget(self.show_weights)

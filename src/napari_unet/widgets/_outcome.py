@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qtpy.QtWidgets import QHBoxLayout, QPushButton, QVBoxLayout, QWidget
 
-from napari_unet.widgets._dock import text_label
+from napari_unet.widgets._dock import TextLabel
 from napari_unet.widgets._plot import TrainingPlot
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Outcome(QWidget):
     ):
         super().__init__()
         self.plot = TrainingPlot(viewer)
-        self.held_out = text_label()
+        self.held_out = TextLabel()
         self.held_out.setToolTip(
             "Scores on the part of your annotations that is kept from training: 1 is "
             "perfect.\nF1 counts objects that are found and agree by half, IoU "
@@ -93,7 +93,7 @@ class Outcome(QWidget):
 
     def _show(self) -> None:
         old, new = self._old, self._new
-        text = "Held-out scores appear here during the training."
+        text = "Held-out scores appear here."
         if old is not None:
             text = f"Held-out F1: old {old['F1@0.5']:.2f}"
             if new is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyqtgraph as pg
 from napari.utils.theme import get_theme
 from qtpy.QtCore import QTimer
-from qtpy.QtWidgets import QHBoxLayout, QLabel, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QHBoxLayout, QLabel, QSizePolicy, QVBoxLayout, QWidget
 
 from napari_unet.widgets._dock import while_alive
 
@@ -120,7 +120,9 @@ class _Axes(QWidget):
         self._canvas = pg.GraphicsLayoutWidget()
         self._canvas.setFixedHeight(_HEIGHT)
         self._canvas.setMinimumWidth(60)
-        self._canvas.ci.setContentsMargins(0, 4, 4, 0)
+        # Else it wants to be wider than a dock should be.
+        self._canvas.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
+        self._canvas.ci.setContentsMargins(0, 8, 4, 0)
         self._canvas.ci.setSpacing(0)
         # Not a PlotItem: its menus would be windows that nobody closes.
         self.view = self._canvas.ci.addViewBox(

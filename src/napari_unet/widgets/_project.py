@@ -21,9 +21,10 @@ from qtpy.QtWidgets import (
 from napari_unet.errors import UnetError
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
-from napari_unet.widgets._autosave import Autosave, find_left
-from napari_unet.widgets._dock import text_label, while_alive
+from napari_unet.widgets._autosave import Autosave
+from napari_unet.widgets._dock import TextLabel, while_alive
 from napari_unet.widgets._offer import Offer
+from napari_unet.widgets._slots import find_left
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from napari.qt.threading import GeneratorWorker
 
     from napari_unet.training.project import Project
-    from napari_unet.widgets._autosave import Contents, Slot
+    from napari_unet.widgets._autosave import Contents
     from napari_unet.widgets._pairs import Pairs
+    from napari_unet.widgets._slots import Slot
 
 DELAY = 20_000  # ms from the first change to the autosave
 _SHARE = 0.1  # of the time may be spent with saving
@@ -95,7 +97,7 @@ class ProjectPanel(QWidget):
         self.save.clicked.connect(lambda: self._save())
         self.open = QPushButton("Open project…")
         self.open.clicked.connect(lambda: self._open())
-        self.line = text_label()
+        self.line = TextLabel()
         self.offer = Offer(
             "Restore",
             "Put the images and their annotations into the viewer, beside what is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from magicgui.widgets import CheckBox, ComboBox, FloatSpinBox, SpinBox
+from magicgui.widgets import CheckBox, ComboBox, FloatSpinBox
 
 from napari_unet.inference.settings import DEVICES
 
@@ -16,15 +16,16 @@ def choose_device() -> ComboBox:
     )
 
 
-def choose_tile() -> SpinBox:
+def choose_tile() -> FloatSpinBox:
     """Let the user choose the side of the tiles; 0 at first."""
-    return SpinBox(
+    tile = FloatSpinBox(
         max=8192,
         step=64,
         label="Tile size",
         tooltip="Side of a tile in pixels; 0 chooses by memory. The result does "
         "not depend on it, unless a note says that the tiles are blended.",
     )
+    return _automatic_at_0(tile, decimals=0, unit=" pixels")
 
 
 def choose_memory_limit() -> FloatSpinBox:
@@ -36,10 +37,15 @@ def choose_memory_limit() -> FloatSpinBox:
         tooltip="What the network may take, of the GPU's memory if it computes there; "
         "0 takes a part of what is free. Less means smaller tiles, not other results.",
     )
-    limit.native.setDecimals(1)
-    limit.native.setSuffix(" GB")
-    limit.native.setSpecialValueText("automatic")
-    return limit
+    return _automatic_at_0(limit, decimals=1, unit=" GB")
+
+
+def _automatic_at_0(box: FloatSpinBox, decimals: int, unit: str) -> FloatSpinBox:
+    """Show a word for 0, which magicgui's box of integers cannot."""
+    box.native.setDecimals(decimals)
+    box.native.setSuffix(unit)
+    box.native.setSpecialValueText("automatic")
+    return box
 
 
 def choose_averaging() -> CheckBox:

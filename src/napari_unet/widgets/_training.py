@@ -25,7 +25,7 @@ from napari_unet.models.library import (
 from napari_unet.steps import ChildSteps, Progress, in_child
 from napari_unet.training.project_file import BASE_FILE, SNAPSHOT_FILE, read_document
 from napari_unet.training.settings import TrainingStep, View
-from napari_unet.widgets._autosave import hold
+from napari_unet.widgets._slots import hold
 
 if TYPE_CHECKING:
     from pathlib import Path

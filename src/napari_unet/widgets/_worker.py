@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from napari.qt.threading import GeneratorWorker, create_worker
 from napari.utils import progress
 from napari.utils.notifications import show_error
 from qtpy.QtCore import QObject, QThreadPool, QTimer
+from superqt.utils import WorkerBase
 
 from napari_unet.errors import UnetError
 from napari_unet.steps import ChildError
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 _BAR_INTERVAL = 0.1  # seconds
 _THREADS = 8  # a training and a batch hold theirs; autosave and surveys need others
+
+# A worker begins a millisecond after its start. If napari ends meanwhile, it begins
+# after napari has waited for all workers, and Python must not end before it.
+atexit.register(WorkerBase.await_workers)
 
 
 class UnexpectedError(Exception):
@@ -110,6 +116,8 @@ def start_worker(
             bar.update(step.done - bar.n)
 
     def deliver(outcome: _Outcome) -> None:
+        if worker.abort_requested:  # when it had just come to its end
+            return
         if outcome.problem:
             if title:
                 show_error(outcome.problem)

@@ -15,7 +15,7 @@ from napari_unet.models.library import name_problem
 from napari_unet.widgets import _pairs, _session
 from napari_unet.widgets._annotations import AnnotationPanel
 from napari_unet.widgets._autosave import Choices, Contents
-from napari_unet.widgets._dock import Dock, text_label, while_alive
+from napari_unet.widgets._dock import Dock, TextLabel, while_alive
 from napari_unet.widgets._engine import load_engine
 from napari_unet.widgets._learning import Learning, Plan
 from napari_unet.widgets._model_chooser import ModelChooser
@@ -104,7 +104,7 @@ class FineTuneWidget(Dock):
             self._say,
         )
         self.column.addWidget(self._project)
-        self._problems = text_label(lines=3)
+        self._problems = TextLabel(lines=3)
         self.column.addWidget(self._problems)
         self._learning = Learning(
             self._viewer,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from napari.utils.notifications import show_error
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QFileDialog, QHBoxLayout, QPushButton, QSizePolicy
-from superqt import QCollapsible
 
 from napari_unet.errors import BadModel, UnetError
 from napari_unet.models.family import family_trees, read_entry
@@ -22,10 +21,10 @@ from napari_unet.models.library import (
     rename_model,
 )
 from napari_unet.models.trash import list_removed, remove_model, restore_model
-from napari_unet.network.config import ProgramConfig
+from napari_unet.network.program_config import ProgramConfig
 from napari_unet.steps import Progress
 from napari_unet.widgets import _session
-from napari_unet.widgets._dock import Dock, while_alive
+from napari_unet.widgets._dock import Dock, Fold, while_alive
 from napari_unet.widgets._engine import load_engine
 from napari_unet.widgets._models_facts import FactsForm
 from napari_unet.widgets._models_import import (
@@ -103,7 +102,7 @@ class ModelsWidget(Dock):
         self.column.addWidget(self._passport)
         self._preview = FactsPreview(viewer, lambda: self._form.facts())
         self._form = FactsForm(self._correct, self._preview.request)
-        self._fold = QCollapsible("Facts")
+        self._fold = Fold("Facts")
         self._fold.setToolTip("Tell what the file of an imported model does not say.")
         self._fold.addWidget(self._preview)
         self._fold.addWidget(self._form)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from magicgui.widgets import CheckBox
@@ -13,43 +13,39 @@ from qtpy.QtWidgets import QButtonGroup, QHBoxLayout, QRadioButton
 
 from napari_unet.errors import UnetError
 from napari_unet.inference.settings import DEVICES, ObjectSettings
+from napari_unet.steps import describe_seconds
 from napari_unet.widgets import _layers, _session
 from napari_unet.widgets._dock import (
     Dock,
+    Fold,
     JobRow,
+    TextLabel,
     make_fold,
-    text_label,
     while_alive,
 )
 from napari_unet.widgets._engine import load_engine
 from napari_unet.widgets._image_chooser import ImageChooser
 from napari_unet.widgets._model_chooser import ModelChooser
 from napari_unet.widgets._objects import ObjectsPanel
-from napari_unet.widgets._part import PartOnShow
 from napari_unet.widgets._running import (
     choose_averaging,
     choose_device,
     choose_memory_limit,
     choose_tile,
 )
+from napari_unet.widgets._segmented import Run, Segmented
 from napari_unet.widgets._worker import start_worker
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     import napari.viewer
-    from napari.layers import Image, Labels
+    from napari.layers import Image
     from napari.qt.threading import GeneratorWorker
-    from numpy.typing import NDArray
-    from superqt import QCollapsible
 
-    from napari_unet.inference.instances import ObjectTable
-    from napari_unet.inference.part import LabelledPart
-    from napari_unet.inference.store import ProbabilityStore
     from napari_unet.models.model import Model, Passport
     from napari_unet.steps import Progress
-
-    Result = tuple[ProbabilityStore, NDArray, ObjectTable]
+    from napari_unet.widgets._segmented import Result
 
 NAME = "Segment"
 SCOPES = {
@@ -58,35 +54,6 @@ SCOPES = {
     "all": ("everything", "The whole image with all its planes and times."),
 }
 RELABEL_DELAY = 60  # ms after the last move of a slider
-
-
-@dataclass
-class _Run:
-    """What a run was started with; its layer may be gone when it ends."""
-
-    layer: weakref.ref[Image]
-    name: str
-    axes: str
-    channels: tuple[object, ...]
-    space: dict[str, Any]
-    pixel_size: dict[str, float]
-    model: Model
-    augment: bool
-    labels: Labels | None
-    stale: bool = False
-
-    def extends(self, other: _Run | None) -> bool:
-        """Tell whether this run adds to the same probabilities as another."""
-        return (
-            other is not None
-            and not other.stale
-            and self.layer() is other.layer()
-            and self.model is other.model
-            and all(
-                getattr(self, name) == getattr(other, name)
-                for name in ("axes", "channels", "pixel_size", "augment")
-            )
-        )
 
 
 class SegmentWidget(Dock):
@@ -109,13 +76,8 @@ class SegmentWidget(Dock):
         self._viewer = viewer
         self._session = session
         self._worker: GeneratorWorker | None = None
-        self._run: _Run | None = None  # that is shown
-        self._pending: _Run | None = None  # that is computed
-        self._store: ProbabilityStore | None = None  # of the one that is shown
-        self._runs: weakref.WeakKeyDictionary[Image, _Run]
-        self._runs = weakref.WeakKeyDictionary()  # the last one of each image
-        self._edited: weakref.WeakSet[Labels] = weakref.WeakSet()
-        self._part = PartOnShow()
+        self._pending: Run | None = None  # that is computed
+        self._segmented = Segmented(viewer)
         self._again = False
         self._notes: list[str] = []
         self._relabel_timer = QTimer(self)
@@ -140,7 +102,7 @@ class SegmentWidget(Dock):
         wanted = str(remembered.get("model", "nuclei"))
         self._chooser = ModelChooser(self._session, wanted, self._refresh)
         form.addRow("Model", self._chooser)
-        self._about = text_label(lines=4)
+        self._about = TextLabel(lines=4)
         form.addRow(self._about)
         form.addRow("What", self._scope_row(str(remembered.get("scope", "all"))))
         self._job = JobRow(NAME, self._segment, self._cancel)
@@ -163,7 +125,7 @@ class SegmentWidget(Dock):
         row.addStretch(1)
         return row
 
-    def _more(self, remembered: dict[str, Any]) -> QCollapsible:
+    def _more(self, remembered: dict[str, Any]) -> Fold:
         self._device = choose_device()
         if (device := remembered.get("device")) in DEVICES:
             self._device.value = device
@@ -232,7 +194,7 @@ class SegmentWidget(Dock):
         problem = self._problem()
         lines = [] if model is None else [model.describe()]
         if problem:
-            lines.append(f"⚠ {problem}")
+            lines.append(problem if self._chooser.loading else f"⚠ {problem}")
         elif layer is not None and model is not None:
             sizes = _layers.pixel_size(layer, self._image.axes)
             fit = model.describe_fit(sizes)
@@ -259,7 +221,7 @@ class SegmentWidget(Dock):
     def _input_state(self, layer: Image, model: Model) -> dict[str, Any]:
         """Read the widgets into the keywords of `segment_stored_steps`."""
         image, axes, channels = self._image.engine_input()
-        tile = self._tile.value
+        tile = int(self._tile.value)
         return {
             "image": image,
             "axes": axes,
@@ -289,7 +251,7 @@ class SegmentWidget(Dock):
         axes = self._image.axes
         try:
             state = self._input_state(layer, model)
-            run = _Run(
+            run = Run(
                 weakref.ref(layer),
                 layer.name,
                 axes,
@@ -298,25 +260,21 @@ class SegmentWidget(Dock):
                 _layers.pixel_size(layer, axes),
                 model,
                 self._augment.value,
-                None if self._new_layer.value else self._last_labels(layer),
+                None if self._new_layer.value else self._segmented.last_labels(layer),
             )
         except UnetError as error:
             show_error(str(error))
             return
         self._remember()
-        adds = run.extends(self._run) and not self._new_layer.value
-        store = self._store if adds else None
+        adds = run.extends(self._segmented.run) and not self._new_layer.value
+        store = self._segmented.store if adds else None
         self._pending = run
-        layer.events.data.connect(self._on_data)  # once, however often it is called
+        layer.events.data.connect(run.note_change)
         self._relabel_timer.stop()
         image = state.pop("image")
         settings = self._object_settings(model)
         steps = _segment_steps(store, image, model, settings, **state)
         self._start(steps, "Segmenting")
-
-    def _last_labels(self, layer: Image) -> Labels | None:
-        run = self._runs.get(layer)
-        return None if run is None else run.labels
 
     def _on_objects(self) -> None:
         mine = {self._chooser.chosen: self._objects.values()}
@@ -327,24 +285,17 @@ class SegmentWidget(Dock):
 
     def _relabel(self) -> None:
         """Make objects again with other settings, without the network."""
-        if self._store is None or self._run is None:
+        run, store = self._segmented.run, self._segmented.store
+        if run is None or store is None:
             return
         if self._session.is_segmenting:
             self._again = True
             if self._worker is not None and self._pending is None:
                 self._worker.quit()  # its settings are outdated
             return
-        model = self._run.model
-        settings = self._object_settings(model)
-        steps = self._store.label_steps(model, settings, self._seen(self._run))
+        settings = self._object_settings(run.model)
+        steps = store.label_steps(run.model, settings, self._segmented.place_seen())
         self._start(steps, "Making objects")
-
-    def _seen(self, run: _Run) -> dict[str, slice] | None:
-        """Return what the canvas shows of the image that a run was started with."""
-        layer = run.layer()
-        if layer is None or layer not in self._viewer.layers or run.stale:
-            return None
-        return _layers.looked_at(self._viewer, layer, run.axes, run.model.ndim, 1)
 
     def _start(self, steps: Generator[Progress, None, Any], title: str) -> None:
         self._notes = []
@@ -363,8 +314,9 @@ class SegmentWidget(Dock):
     def _cancel(self) -> None:
         if self._worker is not None:
             self._worker.quit()
-            self._part.take_back()
-            there = "" if self._run is None else " The labels are as they were."
+            self._segmented.take_part_back()
+            is_first = self._segmented.run is None
+            there = "" if is_first else " The labels are as they were."
             self._job.status.setText(f"Cancelled.{there}")
 
     @while_alive
@@ -377,20 +329,11 @@ class SegmentWidget(Dock):
             from napari_unet.inference.part import LabelledPart  # is there by now
 
             if isinstance(step, LabelledPart):
-                self._show_part(step)
-
-    def _show_part(self, part: LabelledPart) -> None:
-        """Show the new objects where somebody looks at, ahead of the others."""
-        layer = None if self._run is None else self._run.labels
-        if layer is None or layer not in self._viewer.layers or layer in self._edited:
-            return
-        numbers = layer.features.get("index", ())
-        last = int(max(numbers)) if len(numbers) else 0
-        self._part.show(layer, part, max(last + 1, part.first))
+                self._segmented.show_part(step)
 
     @while_alive
     def _on_error(self, message: str) -> None:
-        self._part.take_back()
+        self._segmented.take_part_back()
         self._job.status.setText(message)
 
     def _release(self) -> None:
@@ -409,51 +352,17 @@ class SegmentWidget(Dock):
     @while_alive
     def _show(self, result: Result) -> None:
         """Put the objects into the viewer."""
-        run = self._pending or self._run
+        run = self._pending or self._segmented.run
         assert run is not None
-        self._run = run
-        self._store, data, table = result
-        self._part.forget()
-        took = f"Done in {self._job.seconds:.1f} s ({self._store.computed_by})."
-        words = [took, *self._notes]
-        if run.stale:
-            words.append("The image has changed meanwhile: segment it again.")
-        kept = run.labels if run.labels in self._viewer.layers else None
-        if kept is not None and kept in self._edited:
-            words.append(f"You have painted in {kept.name!r}: it is kept.")
-            kept = None
-        features = _layers.table_features(table, run.model, run.pixel_size)
-        layer = _layers.show_labels(
-            self._viewer, kept, data, f"{run.name} objects", run.space, features
+        words = self._segmented.show(
+            run, result, with_probabilities=self._show_probabilities.value
         )
-        layer.events.paint.connect(self._on_paint)  # once, however often it is called
-        run.labels = layer
-        if (image := run.layer()) is not None:
-            self._runs[image] = run
-            _layers.note_segmentation(layer, image)
-        if self._show_probabilities.value:
-            _layers.show_probabilities(
-                self._viewer,
-                self._store.data,
-                [info.name for info in run.model.passport.classes[1:]],
-                run.name,
-                run.space,
-            )
-        count = len(table)
-        planes = self._store.n_units
+        store, _, table = result
+        count, planes = len(table), store.n_units
         parts = "" if planes == 1 else f" in {planes} planes"
         self._objects.count.setText(f"{count} object{'s' * (count != 1)}{parts}")
-        self._job.status.setText(" ".join(words))
-
-    @while_alive
-    def _on_data(self, event: Any) -> None:
-        for run in (self._run, self._pending):
-            if run is not None and run.layer() is event.source:
-                run.stale = True
-
-    @while_alive
-    def _on_paint(self, event: Any) -> None:
-        self._edited.add(event.source)
+        took = f"Done in {describe_seconds(self._job.seconds)} ({store.computed_by})."
+        self._job.status.setText(" ".join([took, *self._notes, *words]))
 
     def _remember(self) -> None:
         objects = _session.recall(NAME).get("objects", {})
