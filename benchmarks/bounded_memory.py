@@ -5,9 +5,9 @@ python benchmarks/bounded_memory.py [--only stacks plane volume chunks] [--side 
 Each row is a batch of one image in a process of its own, from the file to labels,
 measurements and (of stacks) probabilities. "peak" is the most memory that it ever
 used, as the system counted (VmHWM); "before" is what that was when the batch began:
-Python, torch and the model. A network made by hand finds bright balls and discs, so
-that the number of objects is known; another one is named with --model. The last rows
-say what it is worth to keep planes of deep chunks decoded.
+Python, torch, dask and the model. A network made by hand finds bright balls and
+discs, so that the number of objects is known; another one is named with --model. The
+last rows say what it is worth to keep planes of deep chunks decoded.
 """
 
 from __future__ import annotations
@@ -167,6 +167,8 @@ def peak() -> float:
 
 def measure(case: Case, folder: Path) -> Row:
     """Segment the image in the folder "in" into "out", in this process."""
+    import dask.array  # noqa: F401 (else a part of the peak of large images alone)
+
     from napari_unet import load_model
     from napari_unet.batch.folder import batch_steps
     from napari_unet.batch.job import BatchJob, SegmentSettings

@@ -22,6 +22,7 @@ import platform
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -37,8 +38,9 @@ from napari_unet import (
     load_model,
 )
 from napari_unet.files.images import read_image
+from napari_unet.inference import compiled
 from napari_unet.inference.backends import choose_device
-from napari_unet.inference.compiled import USED_SECONDS, CompiledLater
+from napari_unet.inference.compiled import CompiledLater
 from napari_unet.inference.engine import Predictor
 from napari_unet.inference.executors import Executor, make_executor
 from napari_unet.sample import sample_dir
@@ -108,16 +110,13 @@ def our_classes(
     return classes[0]
 
 
+@torch.inference_mode()  # as the windows that are compiled for
 def raw_seconds(image: np.ndarray, executor: Executor, device: str) -> float:
     """Seconds of the bare network for as many pixels, on windows of a tile's size."""
     side = min(1376 if device == "cpu" else 2048, image.shape[0] // 16 * 16)
-    window = torch.zeros(1, 1, side, side, device=device)
+    window = torch.rand(1, 1, side, side, device=device)  # of zeros a GPU is faster
     stop = threading.Event()
-    until = time.perf_counter() + (2 * USED_SECONDS if device == "cuda" else 0)
-    executor.run(window, None, stop)  # compiled before the clock starts
-    while time.perf_counter() < until:
-        executor.run(window, None, stop)
-    CompiledLater.wait()
+    warm_up(partial(executor.run, window, None, stop), device)
     times = max(1, round(image.size / side**2))
     synchronize(device)
     started = time.perf_counter()
@@ -127,6 +126,13 @@ def raw_seconds(image: np.ndarray, executor: Executor, device: str) -> float:
     return (time.perf_counter() - started) / times / side**2 * image.size
 
 
+def warm_up(run: Callable[[], object], device: str) -> None:
+    """Do before the clock starts what is slow at first: a GPU compiles, too."""
+    for _ in range(3 if device == "cuda" else 1):
+        run()
+        CompiledLater.wait()
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -134,7 +140,6 @@ def synchronize(device: str) -> None:
 
 def measure(image: np.ndarray, model: Model, device: str) -> list[Row]:
     """Run everything once, the slowest first."""
-    small = image[:256, :256]
     ways: list[tuple[str, Callable[..., np.ndarray], bool]] = [
         ("MONAI, float32", monai_classes, False),
         ("MONAI, 16-bit autocast", monai_classes, True),
@@ -143,13 +148,8 @@ def measure(image: np.ndarray, model: Model, device: str) -> list[Row]:
     ]
     rows = []
     for name, run, reduced in ways:
-        warm_up = image if device == "cuda" else small
-        run(warm_up, model, device, reduced=reduced)  # what is slow the first time
-        if run is our_classes and device == "cuda":
-            until = time.perf_counter() + 2 * USED_SECONDS
-            while time.perf_counter() < until:
-                run(warm_up, model, device, reduced=reduced)
-            CompiledLater.wait()
+        first = image if device == "cuda" else image[:256, :256]
+        warm_up(partial(run, first, model, device, reduced=reduced), device)
         started = time.perf_counter()
         classes = run(image, model, device, reduced=reduced)
         rows.append(Row(name, time.perf_counter() - started, classes))
@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--model", help="a trained one, instead of training")
     told = parser.parse_args(arguments)
     device = choose_device(told.device).name
+    compiled.USED_SECONDS = 0
     if told.model:
         model = load_model(told.model)
     else:

@@ -29,6 +29,7 @@ import torch
 from napari_unet import Annotation, Model, TrainingSettings, UNet
 from napari_unet.inference.backends import choose_device
 from napari_unet.inference.executors import computes_bfloat16
+from napari_unet.steps import run_to_end
 from napari_unet.training import loop
 from napari_unet.training.data import prepare_steps
 from napari_unet.training.feed import Feed
@@ -54,14 +55,6 @@ def discs(seed: int, side: int = 512) -> tuple[np.ndarray, np.ndarray]:
         labels[inside & (labels == 0)] = number
     image = 200 + 600 * (labels > 0) + random.normal(0, 60, labels.shape)
     return image.astype(np.float32), labels
-
-
-def result_of(steps):
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
 
 
 class BareLoop:
@@ -127,7 +120,7 @@ def learnt(step: TrainingStep) -> bool:
 def compare(model, annotations, settings: TrainingSettings) -> Overhead:
     """Let a training and a bare loop take turns, but for one step the first."""
     device, turn = torch.device(settings.device), (settings.steps - 1) // TURNS
-    data = result_of(prepare_steps(model, annotations, settings, device))
+    data = run_to_end(prepare_steps(model, annotations, settings, device))
     patches = Patches(data.images, settings.seed)
     patches.batch(0, data.plan, device)  # what is only slow once
     batches, start = [], finish(device)

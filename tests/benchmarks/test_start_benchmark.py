@@ -26,7 +26,7 @@ def test_a_click_finds_the_objects(
     assert min(result.dock, result.model, *waited) > 0
     assert result.longest_pause <= result.pixels.waited
     assert result.pixels.processor > 0
-    benchmark.report_clicks([result], 320)
+    benchmark.report_clicks([result], [result], 320)
     assert f"to {result.objects} objects" in capsys.readouterr().out
     assert viewer.layers["nuclei objects"].scale.tolist() == [0.325, 0.325]
 
