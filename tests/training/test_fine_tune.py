@@ -331,14 +331,28 @@ def test_a_loss_that_is_not_finite_ends_the_training_in_words():
         fine_tune(tiny(norm=None), [Annotation(*discs(0))], settings)
 
 
-def test_what_was_learnt_before_is_kept_when_the_loss_is_not_finite(monkeypatch):
+@pytest.fixture
+def end_after_25_steps(monkeypatch):
     learn_steps = loop.Training.learn_steps
 
-    def end_after_25_steps(self, step, rate):
+    def learn(self, step, rate):
         loss = yield from learn_steps(self, step, rate)
         return math.nan if step > 25 else loss
 
-    monkeypatch.setattr(loop.Training, "learn_steps", end_after_25_steps)
+    monkeypatch.setattr(loop.Training, "learn_steps", learn)
+
+
+@pytest.mark.usefixtures("end_after_25_steps")
+def test_nothing_is_made_of_what_is_no_better_when_the_loss_is_not_finite():
+    annotations = [Annotation(*discs(seed)) for seed in range(2)]
+    base = fine_tune(tiny(), annotations, QUICK.model_copy(update={"steps": 24}))
+    ruinous = QUICK.model_copy(update={"steps": 40, "learning_rate": 5.0})
+    with pytest.raises(BadModel, match=r"step 26.* The model was not changed"):
+        fine_tune(base, annotations, ruinous)
+
+
+@pytest.mark.usefixtures("end_after_25_steps")
+def test_what_was_learnt_before_is_kept_when_the_loss_is_not_finite():
     settings = QUICK.model_copy(update={"steps": 40})
     annotations = [Annotation(*discs(seed)) for seed in range(3)]
     steps, better = collect(fine_tune_steps(tiny(), annotations, settings))
@@ -370,11 +384,12 @@ def test_old_and_new_are_judged_alike():
     # So that trying all ways to make objects finds better ones than a few do.
     changes = {"threshold": 0.99, "grow": 2}
     base.passport = base.passport.model_copy(update=changes)
-    notes, scores = {}, {}
+    notes, shown, scores = {}, {}, {}
     for rate in (1e-12, 0.02):
         settings = learning.model_copy(update={"learning_rate": rate})
         steps, better = collect(fine_tune_steps(base, annotations, settings))
         notes[rate] = " ".join(step.note for step in steps)
+        shown[rate] = [step.scores["F1@0.5"] for step in steps if step.scores]
         scores[rate] = better.passport.history[-1].scores
         now, before = (scores[rate][f"{old}F1@0.5"] for old in ("", "old "))
         is_said = f"not better than the old one (F1 {now:.2f}, before {before:.2f})"
@@ -382,6 +397,9 @@ def test_old_and_new_are_judged_alike():
         assert (is_said in notes[rate]) == ((now, -losses[0]) <= (before, -losses[1]))
     assert scores[1e-12]["F1@0.5"] == scores[1e-12]["old F1@0.5"] > 0
     assert scores[1e-12]["AP@0.5"] == scores[1e-12]["old AP@0.5"]
+    # On the way, too: what has not changed keeps its scores, from the first on.
+    assert set(shown[1e-12]) == {shown[1e-12][0]}
+    assert shown[1e-12][0] < scores[1e-12]["F1@0.5"]
 
 
 def test_more_classes_replace_the_last_layer_and_more_channels_the_first():

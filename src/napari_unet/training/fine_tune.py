@@ -43,6 +43,7 @@ __all__ = [
     "fine_tune_steps",
 ]
 
+_UNCHANGED = "The model was not changed."
 _LIBRARIES = ("napari-unet", "torch", "numpy", "scipy", "scikit-image")
 
 
@@ -72,7 +73,8 @@ def fine_tune_steps(
     try:
         problem = yield from _learn_steps(training, settings)
         yield from training.tell(message="choosing the threshold", note=problem)
-        return (yield from _finish_steps(model, training, annotations, settings, name))
+        made = _finish_steps(model, training, annotations, settings, name, problem)
+        return (yield from made)
     finally:
         training.close()
 
@@ -95,7 +97,7 @@ def _learn_steps(
         scores, best, preview = None, False, None
         due = step % settings.validate_every == 0 or step == settings.steps
         if due:
-            scores, _ = yield from training.look_steps()
+            scores = yield from training.look_steps()
             best = training.keep_if_best(step, scores)
         if due or training.view_is_new:
             preview = yield from training.preview_steps()
@@ -110,9 +112,8 @@ def _learn_steps(
             preview=preview,
         )
 
-    improved = state.best and is_better(state.best.scores, state.base_scores)
-    if problem and not improved:
-        raise BadModel(f"{problem} The model was not changed.")
+    if problem and state.best is None:
+        raise BadModel(f"{problem} {_UNCHANGED}")
     return problem
 
 
@@ -143,12 +144,10 @@ def _start_steps(
         yield from training.tell(note=note)
     if saved:
         training.restore(saved)
-        state = training.state
-        for step, scores in [(0, state.base_scores), *state.history]:
+        for step, scores in training.state.history:
             yield from training.tell(done=step, scores=scores, message="resuming")
     else:
-        scores, _ = yield from training.look_steps(thoroughly=True)
-        training.state.base_scores = scores
+        scores = yield from training.score_base_steps()
         yield from training.tell(scores=scores, message="before training")
     return training
 
@@ -330,14 +329,22 @@ def _finish_steps(
     annotations: Sequence[Annotation],
     settings: TrainingSettings,
     name: str,
+    problem: str,
 ) -> Generator[TrainingStep, View | None, Model]:
-    """Make a model of the best network, with its passport."""
+    """Make a model of the best network, with its passport.
+
+    Where the training ended by a problem, only if it is better than the old one.
+    """
     data, plan, best = training.data, training.plan, training.state.best
     assert best is not None
     training.network.load_state_dict(best.weights)
     passport = data.model.passport
-    scores, objects = yield from training.look_steps(thoroughly=True)
-    yield from training.tell(note=_verdict(training, settings, scores))
+    predicted = yield from training.predict_steps()
+    scores, objects = yield from training.tune_steps(predicted, thoroughly=True)
+    if problem and not is_better(scores, training.state.base_scores):
+        raise BadModel(f"{problem} {_UNCHANGED}")
+    if verdict := _verdict(training, settings, scores):
+        yield from training.tell(message="choosing the threshold", note=verdict)
     record = TrainingRecord(
         date=datetime.date.today().isoformat(),
         data=_describe(annotations),

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from napari_unet.training.losses import Loss
     from napari_unet.training.plan import PatchPlan
     from napari_unet.training.settings import TrainingSettings
+    from napari_unet.training.validation import Predicted
 
 __all__ = ["Training", "is_better", "learning_rate"]
 
@@ -209,29 +210,46 @@ class Training:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def look_steps(
-        self, *, thoroughly: bool = False
-    ) -> Beats[tuple[dict[str, float], ObjectSettings]]:
+    def look_steps(self) -> Beats[dict[str, float]]:
         """Score the network as it is on the held-out part, with heartbeats.
-
-        Parameters
-        ----------
-        thoroughly : bool
-            Try all ways to make objects of its prediction, instead of a few.
 
         Returns
         -------
         dict of str to float
-            The scores; see `TrainingStep`.
-        ObjectSettings
-            How the objects were made that have them: as is best for this network.
+            The scores, see `TrainingStep`, of objects made in the best of a few ways.
         """
+        predicted = yield from self.predict_steps()
+        scores, _ = yield from self.tune_steps(predicted)
+        return scores
+
+    def predict_steps(self) -> Beats[list[Predicted]]:
+        """Predict the held-out part with the network as it is, with heartbeats."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the engine sizes its tiles by what is free
         device, precision = str(self._device), self._settings.precision
         held_out = self.data.held_out
         steps = predict_held_out_steps(self.data.model, held_out, device, precision)
-        predicted = yield from self.beats(steps, "scoring")
+        return (yield from self.beats(steps, "scoring"))
+
+    def tune_steps(
+        self, predicted: Sequence[Predicted], *, thoroughly: bool = False
+    ) -> Beats[tuple[dict[str, float], ObjectSettings]]:
+        """Find out how objects are best made of a prediction, with heartbeats.
+
+        Parameters
+        ----------
+        predicted : sequence of Predicted
+            From `predict_steps`.
+        thoroughly : bool
+            Try all ways instead of a few.
+
+        Returns
+        -------
+        dict of str to float
+            Their scores; see `TrainingStep`.
+        ObjectSettings
+            How they are made.
+        """
         passport = self.data.model.passport
         sizes = (passport.minimal_size, self.data.smallest_object)
         thresholds = THRESHOLDS if thoroughly else FEW_THRESHOLDS
@@ -239,6 +257,24 @@ class Training:
         tuning = tune_steps(predicted, passport, thresholds, grows, sizes)
         objects = yield from self.beats(tuning, "scoring")
         return score(predicted, passport, objects), objects
+
+    def score_base_steps(self) -> Beats[dict[str, float]]:
+        """Score the model before training, with heartbeats.
+
+        It is compared with what was learnt in the end, for which all ways to make
+        objects are tried, and shown beside what is learnt on the way.
+
+        Returns
+        -------
+        dict of str to float
+            What is shown.
+        """
+        predicted = yield from self.predict_steps()
+        shown, _ = yield from self.tune_steps(predicted)
+        scores, _ = yield from self.tune_steps(predicted, thoroughly=True)
+        self.state.base_scores = scores
+        self.state.history.append((0, shown))
+        return shown
 
     def keep_if_best(self, step: int, scores: dict[str, float]) -> bool:
         """Note the scores after a step; keep the network if it is the best."""

@@ -49,11 +49,11 @@ class Snapshot:
     step : int
         Steps done.
     base_scores : dict of str to float
-        Of the model before training.
+        Of the model before training, with objects made in the best of all ways.
     best : Best or None
         Of those that were scored.
     history : list of (int, dict)
-        Steps and their scores.
+        Steps and their scores, from 0 on; objects made in the best of a few ways.
     stale : int
         Looks at the held-out part since the best.
     reduced : dict or None

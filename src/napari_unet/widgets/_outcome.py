@@ -79,7 +79,10 @@ class Outcome(QWidget):
     def offer(self, model: Model | None) -> None:
         """Let the user choose between the new model and the old one."""
         if model is not None:
-            self._new = model.passport.history[-1].scores
+            scores = model.passport.history[-1].scores
+            # Not what was shown on the way: now all ways to make objects were tried.
+            self._old = {name: scores[f"old {name}"] for name in ("F1@0.5", "IoU")}
+            self._new = scores
             self._show()
         for button, tip in (
             (self.use, "Segment and the next training go on with the new model."),
