@@ -14,7 +14,8 @@ from whole_image import random_image, trained_model
 from napari_unet import Model, predict
 from napari_unet.inference import compiled, executors
 from napari_unet.inference.compiled import CompiledLater, can_compile
-from napari_unet.inference.executors import TorchExecutor
+from napari_unet.inference.executors import TorchExecutor, _Forward
+from napari_unet.network.folding import fold, split_first
 
 CPU = torch.device("cpu")
 
@@ -229,6 +230,96 @@ def test_a_network_that_is_being_trained_is_not_compiled(compiling):
     network.eval()  # with the same weights
     predict(image, model)
     assert len(compiling) == 1
+
+
+def test_what_would_be_compiled_anew_is_not(compute_doubled):
+    """Nor if a switch of torch has changed on which what was compiled depends."""
+    compute, calls = compute_doubled
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        with torch.inference_mode():
+            result = compute(image_of(4), None)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(result, 2 * image_of(4))
+    assert len(calls) == 1
+
+
+def test_what_fails_after_it_was_compiled_is_not_used(compute_doubled):
+    compute, _ = compute_doubled
+    (key,) = compute._ready
+
+    def fail(image, cropping):
+        raise RuntimeError("an illegal instruction")
+
+    compute._ready[key] = fail
+    with torch.inference_mode():
+        for _ in range(2):
+            result = compute(image_of(4), None)
+            torch.testing.assert_close(result, 2 * image_of(4))
+        compute._ready[key] = lambda image, _: (_ for _ in ()).throw(
+            torch.OutOfMemoryError("CUDA out of memory")
+        )
+        with pytest.raises(torch.OutOfMemoryError):  # smaller tiles help
+            compute(image_of(4), None)
+
+
+@pytest.fixture
+def compute_doubled():
+    """What has compiled, and what was compiled."""
+    calls = []
+
+    def compiler(graph, inputs):
+        calls.append(1)
+        return graph.forward
+
+    compute = CompiledLater(lambda image, _: image * 2, backend=compiler)
+    with torch.inference_mode():
+        for _ in range(2):
+            compute(image_of(4), None)
+            compute.wait()
+    assert compute.is_ready
+    return compute, calls
+
+
+def test_other_threads_need_not_wait_for_the_compiler():
+    """Which is a Python program: each would wait 5 ms whenever it wants to go on."""
+    intervals = []
+
+    def compiler(graph, inputs):
+        intervals.append(sys.getswitchinterval())
+        return graph.forward
+
+    compute = CompiledLater(lambda image, _: image * 2, backend=compiler)
+    before = sys.getswitchinterval()
+    with torch.inference_mode():
+        for _ in range(2):
+            compute(image_of(4), None)
+            compute.wait()
+    assert intervals[0] < before
+    assert sys.getswitchinterval() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_lost_in_16_bits_is_not_lost_by_compiling():
+    """A compiler computes as if nothing were rounded in between."""
+    network, image = fold(trained_model().network), image_of(64)
+    executor = TorchExecutor(trained_model().network, CPU, reduced=True)
+    with torch.inference_mode():
+        exact = network(image)
+        assert split_first(network, torch.bfloat16)
+        forward = _Forward(network.to(torch.bfloat16), torch.bfloat16, True)
+        executor._prepare = forward.prepare
+        executor._compute = CompiledLater(forward.compute)
+        stop = threading.Event()
+        first, _ = executor.run(image, None, stop), executor.run(image, None, stop)
+        executor._compute.wait()
+        again = executor.run(image, None, stop)
+    assert executor._compute.is_ready
+    error = (first - exact).abs().mean()
+    assert 0 < error < 0.01
+    assert (again - first).abs().mean() < error / 5
 
 
 @pytest.mark.slow

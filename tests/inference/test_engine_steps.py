@@ -16,6 +16,7 @@ from whole_image import random_image, reference, trained_model
 from napari_unet.errors import BadInput, Cancelled, OutOfMemory
 from napari_unet.inference import backends, engine, executors, tile_run
 from napari_unet.inference.backends import Backend, Device, choose_device
+from napari_unet.inference.source import Source
 from napari_unet.inference.transfers import Transfers
 from napari_unet.models.model import Model
 from napari_unet.models.normalize import Normalization
@@ -229,6 +230,26 @@ def test_too_little_memory_is_refused_and_enough_is_named(model, image):
     np.testing.assert_array_equal(
         predict(image, model, memory_limit=enough), predict(image, model)
     )
+
+
+def test_tiles_are_read_while_grey_values_are_counted(monkeypatch, model):
+    is_read, waited = threading.Event(), []
+    count, read = Transfers.count, Source.read_mirrored
+
+    def slow_count(self, values):
+        waited.append(is_read.wait(10))
+        return count(self, values)
+
+    def read_mirrored(self, *box):
+        is_read.set()
+        return read(self, *box)
+
+    monkeypatch.setattr(Transfers, "count", slow_count)
+    monkeypatch.setattr(Source, "read_mirrored", read_mirrored)
+    image = random_image((1, 90, 80))
+    found = predict(image[0], model, tile_shape=(32, 32))
+    assert waited == [True]
+    np.testing.assert_allclose(found, reference(model, image), atol=1e-4)
 
 
 def test_closing_ends_what_runs_beside(image, model):

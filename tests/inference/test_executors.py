@@ -18,7 +18,11 @@ from napari_unet import load_model, predict
 from napari_unet.errors import Cancelled
 from napari_unet.inference import backends, executors
 from napari_unet.inference.backends import Backend
-from napari_unet.inference.executors import TorchExecutor, make_executor
+from napari_unet.inference.executors import (
+    TorchExecutor,
+    make_executor,
+    without_tf32,
+)
 from napari_unet.inference.openvino_executor import OpenVinoExecutor, can_execute
 from napari_unet.models.model import Model
 from napari_unet.network.cropping import can_crop, cropping
@@ -162,6 +166,26 @@ def test_numbers_too_large_for_half_floats_are_computed_with_more(
     np.testing.assert_allclose(
         predict(image[0], large), reference(large, image), atol=1e-4
     )
+    # From then on at once, and all along with memory for it.
+    again = Backend(steep, "cpu")
+    assert again.title == "torch, float32"
+    assert again.bytes_per_pixel == backend.bytes_per_pixel
+    again.close()
+
+
+def test_convolutions_take_all_bits_whatever_was_chosen():
+    convolutions = torch.backends.cudnn.conv
+    before = torch.backends.fp32_precision, convolutions.fp32_precision
+    try:
+        for everywhere in ("none", "tf32"):
+            torch.backends.fp32_precision = everywhere
+            for chosen in ("tf32", "ieee"):
+                convolutions.fp32_precision = chosen
+                with without_tf32(), without_tf32():
+                    assert convolutions.fp32_precision == "ieee"
+                assert convolutions.fp32_precision == chosen
+    finally:
+        torch.backends.fp32_precision, convolutions.fp32_precision = before
 
 
 @pytest.mark.parametrize("compiles", [False, True])

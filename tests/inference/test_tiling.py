@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from whole_image import EXAMPLES, parts, random_image, trained_model
 
 from napari_unet.inference.backends import Backend
+from napari_unet.inference.source import read_mirrored
 from napari_unet.inference.tiling import (
     Tile,
     blending_window,
@@ -53,6 +54,24 @@ def test_mirroring_is_numpys(start, length, size):
     padded = np.pad(np.arange(size), pads, mode="reflect")
     wanted = padded[start + pads[0] : stop + pads[0]]
     np.testing.assert_array_equal(mirror_indices(start, stop, size), wanted)
+
+
+@given(data=st.data(), ndim=st.integers(1, 3))
+@settings(max_examples=100 * EXAMPLES, deadline=None)
+def test_a_box_is_read_as_numpy_would_mirror_it(data, ndim):
+    shape = data.draw(st.tuples(*[st.integers(1, 6)] * ndim))
+    start = data.draw(st.tuples(*[st.integers(-15, 15)] * ndim))
+    sides = data.draw(st.tuples(*[st.integers(1, 20)] * ndim))
+    stop = [first + side for first, side in zip(start, sides, strict=True)]
+    image = np.random.default_rng(0).integers(0, 999, (2, *shape))
+
+    def read(low, high):
+        return image[(slice(None), *map(slice, low, high))]
+
+    wanted = np.pad(image, [(0, 0), *[(40, 40)] * ndim], mode="reflect")
+    box = [slice(a + 40, b + 40) for a, b in zip(start, stop, strict=True)]
+    found = read_mirrored(read, shape, start, stop)
+    np.testing.assert_array_equal(found, wanted[(slice(None), *box)])
 
 
 @given(start=st.integers(0, 50), sides=st.lists(st.integers(1, 80), min_size=1))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from napari_unet.inference.transfers import make_transfers
+from napari_unet.inference import transfers
+from napari_unet.inference.transfers import count_by_sorting, make_transfers
 from napari_unet.models.normalize import Normalization, count_values
 
 SMALL = ["uint8", "int8", "uint16", "int16"]
@@ -62,10 +63,26 @@ def test_large_arrays_are_counted_in_blocks():
 def test_uploads_are_normalised_and_come_back(device, dtype):
     pixels = np.random.default_rng(0).integers(0, 100, (2, 50, 70)).astype(dtype)
     scaling = Normalization().fit(pixels)
-    transfers = make_transfers(torch.device(device))
-    image = transfers.upload(pixels, scaling)
-    pending = transfers.compute(image, lambda: 2 * image[0])
+    mover = make_transfers(torch.device(device))
+    image = mover.upload(pixels, scaling)
+    pending = mover.compute(image, lambda: 2 * image[0])
     np.testing.assert_allclose(pending(), 2 * scaling.apply(pixels), rtol=1e-6)
+
+
+@given(
+    st.sampled_from([*SMALL, "bool"]).flatmap(
+        lambda dtype: hnp.arrays(dtype, hnp.array_shapes(max_dims=3, max_side=20))
+    ),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_sorting_counts_alike(values, across):
+    values = values.T if across else values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfers, "_BLOCK", 100)
+        patch.setattr(transfers, "_COPIED", 9)
+        counts = count_by_sorting(values, torch.device("cpu"))
+    np.testing.assert_array_equal(counts, count_values(values))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -41,6 +42,8 @@ LARGEST_CPU_TILE = 2240**2  # of a network of up to 32 channels
 LARGEST_GPU_TILE = 3072**2
 
 _idle = Idle()
+# Networks whose maps went beyond 65504, the largest number of float16.
+_overflowed: weakref.WeakSet[Network] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,8 @@ class Backend:
         self._turn = threading.Lock()  # to run the executor
         self._changing = threading.Lock()  # whether it runs, and whether it is wanted
         self._is_running = False
-        self._key, self._executor = _idle.take(
-            network, self.device, precision == "auto"
-        )
+        reduced = precision == "auto" and network not in _overflowed
+        self._key, self._executor = _idle.take(network, self.device, reduced)
         self._shrink = receptive_field(self.config).shrink
 
     @property
@@ -270,7 +272,7 @@ class Backend:
             crop = cropping(config, keep, image.shape[2:])
         output = self._executor.run(image, crop, self._stop)
         if self._executor.precision == "float16" and not output.isfinite().all():
-            # Maps beyond 65504, the largest number it has: go on with wider ones.
+            _overflowed.add(self._network)
             self._key, self._executor = _idle.take(self._network, self.device, False)
             output = self._executor.run(image, crop, self._stop)
         if keep and crop is None:
@@ -307,7 +309,8 @@ class Backend:
         # At the end of the finest level live: the joined maps, what a convolution
         # takes and gives, and some that was not given back at once.
         maps = 5 * config.base_channels + 2 * config.num_classes + config.in_channels
-        return self._executor.itemsize * maps
+        waiting = 4 * config.in_channels * self.transfers.in_flight
+        return self._executor.itemsize * maps + waiting
 
     @property
     def max_input_pixels(self) -> int:

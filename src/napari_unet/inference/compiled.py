@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,15 @@ class CompiledLater:
         function = self._ready.get(key)
         # Before 2.13, torch runs nothing compiled while it compiles in another thread.
         if function is not None and not self._is_compiling():
-            return function(image, cropping)
+            try:
+                # If a switch of torch has changed since, it would compile here.
+                with torch.compiler.set_stance("eager_on_recompile"):
+                    return function(image, cropping)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                _log.info("Going on without what was compiled: %s", error)
+                self._ready[key] = self._function
         result = self._function(image, cropping)
         if function is None:
             self._consider(key, image)
@@ -117,6 +126,10 @@ class CompiledLater:
 
     @torch.inference_mode()
     def _compile(self, key: Any, image: Tensor) -> None:
+        # The compiler is a Python program: whenever another thread has waited for a
+        # device or a lock, it would wait for as long as this to go on.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)
         try:
             function = torch.compile(
                 self._function, dynamic=False, backend=self._backend
@@ -125,5 +138,7 @@ class CompiledLater:
         except Exception as error:
             _log.info("Going on without compiling: %s", error)
             CompiledLater._begun = MOST_RESULTS  # nor is it tried again
-            return
-        self._ready[key] = function
+        else:
+            self._ready[key] = function
+        finally:
+            sys.setswitchinterval(interval)

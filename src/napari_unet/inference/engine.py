@@ -115,11 +115,16 @@ class Predictor:
             self.source,
             self._grid,
             model.passport.normalization,
-            self._machine.backend.transfers.count,
+            lambda values: self._machine.backend.transfers.count(values),
             self.notes.append,
+            self._machine.submit,
         )
         self._is_part = False
-        self._set_tiles()
+        try:
+            self._set_tiles()
+        except BaseException:
+            self.close()
+            raise
         if model.inexact_reason and len(self._plan.tiles) > 1:
             self.notes.append(
                 "The tiles are blended, so that the result depends a little on the "

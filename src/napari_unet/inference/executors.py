@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import zlib
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,17 +26,25 @@ from napari_unet.network.unet import UNet
 from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from napari_unet.network.cropping import Cropping
     from napari_unet.network.program import Network
 
     Compute = Callable[[Tensor, Cropping | None], Tensor]
 
-_SWITCHES = threading.Lock()  # those of cuDNN are of the whole process
+_SWITCHES = threading.RLock()  # those of cuDNN are of the whole process
 KEPT_SECONDS = 10  # that the working memory of an executor waits for the next image
+_SUMMED = 1 << 22  # bytes of weights that are summed up at a time
 
-__all__ = ["Executor", "Idle", "TorchExecutor", "computes_bfloat16", "make_executor"]
+__all__ = [
+    "Executor",
+    "Idle",
+    "TorchExecutor",
+    "computes_bfloat16",
+    "make_executor",
+    "without_tf32",
+]
 
 
 class Executor(Protocol):
@@ -109,6 +118,21 @@ def computes_bfloat16(device: torch.device) -> bool:
     return False
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let convolutions on a GPU take all bits of their numbers, within it."""
+    # Not by torch.backends.cudnn.flags, which fails where somebody has chosen the
+    # precision of convolutions in the new way.
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    with _SWITCHES:
+        before = convolutions.fp32_precision
+        convolutions.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            convolutions.fp32_precision = before
+
+
 class TorchExecutor:
     """A network run by torch: batch norms folded, channels last, 16 bits where able.
 
@@ -132,13 +156,14 @@ class TorchExecutor:
             splits = self._dtype.itemsize == 2 and split_first(folded, self._dtype)
             folded.to(device, self._dtype)
             if network.config.ndim == 2:
-                folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                folded.to(memory_format=_memory_format(device))  # type: ignore[call-overload]
             self._network = folded
         else:
             self._network = network.on(device).requires_grad_(False)
         # Neither it nor the hooks know this object: what they hold is then given back
         # as soon as this is not used any more.
         forward = _Forward(self._network, self._dtype, splits)
+        self._prepare = forward.prepare
         self._compute: Compute = forward.compute
         self._stops = [threading.Event()]
         self.tiles_at_once = 1
@@ -166,7 +191,8 @@ class TorchExecutor:
     @property
     def itemsize(self) -> int:
         """Bytes of one number of its maps."""
-        return self._dtype.itemsize
+        # float16 that overflows is computed again with float32.
+        return 4 if self._dtype == torch.float16 else self._dtype.itemsize
 
     @torch.inference_mode()
     def run(
@@ -174,15 +200,18 @@ class TorchExecutor:
     ) -> Tensor:
         """See `Executor.run`."""
         self._stops[0] = stop
+        prepared = self._prepare(image)
         if self._reduced or self._device.type != "cuda":
-            return self._compute(image, cropping)
-        with _SWITCHES, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self._compute(image, cropping)
+            return self._compute(prepared, cropping)
+        with without_tf32():
+            return self._compute(prepared, cropping)
 
     def release(self) -> None:
         """Give unused GPU memory back to the driver."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self._device.type == "mps":
+            torch.mps.empty_cache()
 
     def stop(self) -> None:
         """End a program; its executor is of no use any more."""
@@ -196,17 +225,32 @@ class _Forward:
     def __init__(self, network: Network, dtype: torch.dtype, splits: bool):
         self._network, self._dtype, self._splits = network, dtype, splits
 
-    def compute(self, image: Tensor, cropping: Cropping | None) -> Tensor:
+    def prepare(self, image: Tensor) -> Tensor:
+        """Make of an image what the network takes.
+
+        It is not compiled: a compiler computes as if nothing were rounded to 16 bits
+        in between, and of a value in two parts the second would be 0.
+        """
         if self._splits:
             image = split_values(image, self._dtype)
         image = image.to(self._dtype)
         if image.ndim == 4:
-            image = image.to(memory_format=torch.channels_last)
+            image = image.contiguous(memory_format=_memory_format(image.device))
+        return image
+
+    def compute(self, prepared: Tensor, cropping: Cropping | None) -> Tensor:
         if isinstance(self._network, UNet):
-            result: Tensor = self._network(image, cropping)
+            result: Tensor = self._network(prepared, cropping)
         else:
-            result = self._network(image)
+            result = self._network(prepared)
         return result.float()
+
+
+def _memory_format(device: torch.device) -> torch.memory_format:
+    """Return the order of the numbers of a map with which a device is fastest."""
+    # On MPS, torch takes parts of maps with the channels last for whole ones.
+    on_mps = device.type == "mps"
+    return torch.contiguous_format if on_mps else torch.channels_last
 
 
 def _end_if_stopped(stops: list[threading.Event], module: nn.Module, _: Any) -> None:
@@ -273,11 +317,12 @@ class Idle:
 
 def _key(network: Network) -> Any:
     """Return what changes with a network, also when it is trained."""
-    weights = list(network.state_dict().values())
-    sums = tuple(run_to_end(spread_steps(_checksum, weights)))
+    weights = network.state_dict().values()
+    parts = [part for tensor in weights for part in _split_bytes(tensor)]
+    sums = tuple(run_to_end(spread_steps(zlib.crc32, parts)))
     return network.config, network.training, sums
 
 
-def _checksum(tensor: Tensor) -> int:
-    data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data.data)
+def _split_bytes(tensor: Tensor) -> list[memoryview]:
+    data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+    return [data[first : first + _SUMMED] for first in range(0, len(data), _SUMMED)]

@@ -10,7 +10,7 @@ from napari_unet.inference.source import read_mirrored
 from napari_unet.inference.tiling import mirror_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -95,12 +95,23 @@ class Grid:
     def read(
         self,
         source: Source,
-        scaling: Scaling,
+        scaling: Callable[[], Scaling],
         unit: Mapping[str, int],
         start: Sequence[int],
         stop: Sequence[int],
     ) -> tuple[NDArray, Scaling | None]:
         """Read a box of the grid, mirrored beyond its edges.
+
+        Parameters
+        ----------
+        source : Source
+            What is read.
+        scaling : callable
+            Returns how it is normalised, and may wait for that.
+        unit : mapping of str to int
+            See `Source.read`.
+        start, stop : sequence of int
+            Along the axes of the grid.
 
         Returns
         -------
@@ -109,13 +120,13 @@ class Grid:
             What still has to be applied to them.
         """
         if not self.rescales:
-            return source.read_mirrored(unit, start, stop), scaling
+            return source.read_mirrored(unit, start, stop), scaling()
         axes = self._there
 
         def read(low: Sequence[int], high: Sequence[int]) -> NDArray[np.float32]:
             reach = [a.reach(i, j) for a, i, j in zip(axes, low, high, strict=True)]
             pixels = source.read(unit, [i for i, _ in reach], [j for _, j in reach])
-            return resample(scaling.apply(pixels), axes, low, high)
+            return resample(scaling().apply(pixels), axes, low, high)
 
         return read_mirrored(read, self.shape, start, stop), None
 

@@ -39,8 +39,12 @@ class Machine:
                 raise
             self.note = f"{device} is full; computing on the CPU."
             self.backend = backend_on("cpu")
-        # Chosen once, so that all parts have the same tiles.
-        self.max_input_pixels = self.backend.max_input_pixels
+        try:
+            # Chosen once, so that all parts have the same tiles.
+            self.max_input_pixels = self.backend.max_input_pixels
+        except BaseException:
+            self.backend.close()
+            raise
         self.longest_side: int | None = None  # of a tile, once memory ran out
         # Tiles that are computed, one that is read, the next plane that is read, a
         # strip that is handed on, and objects that are made.

@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
@@ -36,14 +37,14 @@ class Opened:
         Of all or a part of it.
     grid : Grid
         On which the network sees it.
-    scaling : Scaling
-        Of the image, or of this plane.
+    scaling : callable
+        Waits for that of the image, or of this plane.
     """
 
     unit: Mapping[str, int]
     source: Source
     grid: Grid
-    scaling: Scaling
+    scaling: Callable[[], Scaling]
 
     def read(
         self, start: Sequence[int], stop: Sequence[int]
@@ -67,6 +68,8 @@ class Opener:
         See `Normalization.fit`.
     say : callable
         Gets what the user should know.
+    submit : callable
+        Runs a function with arguments beside this one and returns its future.
     """
 
     def __init__(
@@ -76,15 +79,19 @@ class Opener:
         how: Normalization,
         count: Callable[[NDArray], NDArray[np.int64]],
         say: Callable[[str], None],
+        submit: Callable[..., Future[Scaling]],
     ):
         self._source, self._grid, self._how = source, grid, how
-        self._count, self._say = count, say
+        self._count, self._say, self._submit = count, say, submit
         # Of the whole image under (), of a plane under its place in the loop.
-        self._scalings: dict[tuple[int, ...], Scaling] = {}
+        self._scalings: dict[tuple[int, ...], Future[Scaling]] = {}
         self.non_finite = 0  # pixels that were cleared
 
     def open(self, unit: Mapping[str, int], box: Box | None = None) -> Opened:
-        """Read a plane or volume, or a box of it, if it is lazy and small."""
+        """Read a plane or volume, or a box of it, if it is lazy and small.
+
+        Its first tiles can be read while the normalisation is fitted.
+        """
         if box is None:
             source = self._source.in_memory(unit)
         else:
@@ -95,11 +102,16 @@ class Opener:
             # What was read is enough if nothing else belongs to it.
             is_all = box is None and (of_plane or not self._source.loop)
             fitted = source if is_all else self._source
-            scaling = fitted.scaling(self._how, unit if of_plane else None, self._count)
-            if not of_plane and not scaling.gain.any():
-                self._say("The image is constant: nothing can be found in it.")
-            self._scalings[key] = scaling
-        return Opened(unit, source, self._grid, self._scalings[key])
+            self._scalings[key] = self._submit(
+                self._fit, fitted, unit if of_plane else None
+            )
+        return Opened(unit, source, self._grid, self._scalings[key].result)
+
+    def _fit(self, source: Source, unit: Mapping[str, int] | None) -> Scaling:
+        scaling = source.scaling(self._how, unit, self._count)
+        if unit is None and not scaling.gain.any():
+            self._say("The image is constant: nothing can be found in it.")
+        return scaling
 
     def clear_non_finite(
         self, opened: Opened, part: NDArray, start: Sequence[int], background: NDArray

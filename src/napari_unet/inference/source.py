@@ -309,13 +309,26 @@ def read_mirrored(
     high = [int(i.max()) + 1 for i in indices]
     pixels: NDArray = read(low, high)
     for axis, (index, first) in enumerate(zip(indices, low, strict=True), start=1):
-        if (
-            len(index) != pixels.shape[axis]
-            or index[0] != first
-            or index[-1] < index[0]
-        ):
-            pixels = np.take(pixels, index - first, axis=axis)
+        pixels = _take(pixels, index - first, axis)
     return pixels
+
+
+def _take(pixels: NDArray, index: NDArray[np.intp], axis: int) -> NDArray:
+    """Do what `np.take` does with mirrored indices, by slices: several times faster."""
+    if not index.any():
+        return pixels if len(index) == 1 else np.take(pixels, index, axis)
+    runs = np.split(index, np.flatnonzero(np.diff(index, 2)) + 2)
+    others = (slice(None),) * axis
+    parts = [pixels[(*others, _slice(run))] for run in runs]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+
+def _slice(run: NDArray[np.intp]) -> slice:
+    """Make a slice of indices that go up or down by one."""
+    first, last = int(run[0]), int(run[-1])
+    if first <= last:
+        return slice(first, last + 1)
+    return slice(first, last - 1 if last else None, -1)
 
 
 def open_source(

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from napari_unet.inference.spread import spread_steps
 from napari_unet.models.normalize import count_values
+from napari_unet.steps import run_to_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 
     Pending = Callable[[], NDArray]
 
-__all__ = ["Transfers", "make_transfers"]
+__all__ = ["Transfers", "count_by_sorting", "make_transfers"]
 
-_BLOCK = 1 << 21  # pixels that are counted at a time
+_BLOCK = 1 << 24  # pixels that are counted at a time
+_COPIED = 1 << 21  # of these, copied by one thread
 
 
 @cache  # torch uses the memory of a stream again within it only
@@ -132,16 +135,8 @@ class CudaTransfers(Transfers):
             return count_values(values)
 
     def _count(self, values: NDArray) -> NDArray[np.int64]:
-        least = np.iinfo(values.dtype).min if values.dtype.kind == "i" else 0
-        counts = np.zeros(256**values.dtype.itemsize, dtype=np.int64)
-        flat = values.reshape(-1)
         with torch.cuda.stream(self._up):
-            for first in range(0, flat.size, _BLOCK):
-                part = self._copy(flat[first : first + _BLOCK]).int()
-                # By sorting: counters wait for each other where many pixels are alike.
-                found, times = torch.unique(part, return_counts=True)
-                counts[found.cpu().numpy() - least] += times.cpu().numpy()
-        return counts
+            return count_by_sorting(values, self._device)
 
     def _normalises(self, pixels: NDArray) -> bool:
         return pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 2
@@ -176,3 +171,34 @@ class CudaTransfers(Transfers):
             return result
 
         return wait
+
+
+def count_by_sorting(values: NDArray, device: torch.device) -> NDArray[np.int64]:
+    """Do what `count_values` does on a device.
+
+    Counters would wait for each other where many pixels are alike.
+    """
+    half = 256**values.dtype.itemsize // 2
+    # Signed of the same bits, because torch sorts hardly any others.
+    flat = values.reshape(-1).view(f"i{values.dtype.itemsize}")
+    total = torch.zeros(2 * half, dtype=torch.int64, device=device)
+    for first in range(0, flat.size, _BLOCK):
+        part = _copy_spread(flat[first : first + _BLOCK], device)
+        found, times = torch.unique(part, return_counts=True)
+        total.index_add_(0, found.int() + half, times)
+    counts: NDArray[np.int64] = total.cpu().numpy()
+    return counts if values.dtype.kind == "i" else np.roll(counts, half)
+
+
+def _copy_spread(values: NDArray, device: torch.device) -> Tensor:
+    """Bring many values to a device, on all cores: nothing else is done meanwhile."""
+    dtype: torch.dtype = getattr(torch, values.dtype.name)
+    pinned = torch.empty(values.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    target = pinned.numpy()
+
+    def copy(first: int) -> None:
+        part = slice(first, first + _COPIED)
+        target[part] = values[part]
+
+    run_to_end(spread_steps(copy, range(0, values.size, _COPIED)))
+    return pinned.to(device, non_blocking=True)

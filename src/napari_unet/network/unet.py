@@ -151,10 +151,9 @@ class UNet(nn.Module):
                 x = x + skip if config.skips == "add" else torch.cat([skip, x], dim=1)
             del skip  # its memory, before what the block needs
             x = block(x)
-        if cropping:
-            x = narrow(x, cropping.kept)
         logits: Tensor = self.head(x)
-        return logits
+        # After it, because these maps are few.
+        return narrow(logits, cropping.kept) if cropping else logits
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         is_2d = self.config.ndim == 2
