@@ -17,6 +17,7 @@ from cli_cases import call, hashes, squares, threshold_model, write_image
 from napari_unet.batch import file as batch_file
 from napari_unet.batch import results
 from napari_unet.errors import BadOutput
+from napari_unet.inference.backends import Backend
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +262,17 @@ def test_one_bad_image_does_not_stop_the_others(capsys):
     )
     assert sorted(os.listdir("out")) == ["a.tif", "c.tif"]
     assert hashes("in") == before
+
+
+@pytest.mark.parametrize("command", ["segment", "batch"])
+def test_a_memory_limit_that_is_too_low(fails, monkeypatch, command):
+    for name in "ab":
+        write_image(f"in/{name}.tif", squares(2))
+    monkeypatch.setattr(Backend, "_fixed_bytes", 10**9)
+    output = ["-o", "out"] if command == "segment" else ["out"]
+    model = ["-m", "m.safetensors", "--memory-limit", 0.5]
+    said = fails(1, command, "in", *output, *model)
+    assert said.startswith("A memory limit of 0.5 GB is too low for this network")
 
 
 def test_all_bad_images(capsys):

@@ -12,6 +12,7 @@ import tifffile
 from cli_cases import call, hashes, squares, threshold_model, write_image
 
 from napari_unet import Annotation, TrainingSettings, load_model, save_model
+from napari_unet.cli import train as cli_train
 from napari_unet.models.checkpoint import model_sha256
 from napari_unet.models.model import Model
 from napari_unet.network.unet import UNet
@@ -206,6 +207,26 @@ def test_nothing_is_overwritten_without_being_told(run, folder):
     result = run(*arguments(folder, "-m", base, "--steps", 1, "--overwrite"))
     assert result.code == 0
     assert load_model(mine).passport.name == "mine"
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_ctrl_c_promises_only_what_this_training_has_saved(
+    run, folder, monkeypatch, saves
+):
+    snapshot = folder / "mine.snapshot"
+
+    def interrupted(steps, *_, **__):
+        next(steps)
+        if saves:
+            snapshot.write_bytes(b"of this one")
+        raise KeyboardInterrupt
+
+    snapshot.write_bytes(b"of another one")
+    monkeypatch.setattr(cli_train, "_follow", interrupted)
+    base = folder / "base.safetensors"
+    result = run(*arguments(folder, "-m", base, "--overwrite"))
+    assert result.code == 130
+    assert ("with --resume goes on" in result.err) == saves
 
 
 def test_what_cannot_be_used_is_said_in_words(run, folder):

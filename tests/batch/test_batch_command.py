@@ -59,7 +59,7 @@ def test_failures_are_listed(command, place):
         "a2.tif",
     ]
     lines = result.err.splitlines()
-    assert lines[0].startswith("Failed: a1.tif: is not a readable image")
+    assert lines[0].startswith("Failed: a1.tif: a1.tif is not a readable image")
     assert lines[1] == (
         "Error: 1 of 3 images could not be segmented: a1.tif. The others are done. The "
         "reasons are in out/report.html."

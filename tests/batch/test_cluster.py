@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import psutil
@@ -27,6 +28,7 @@ from distributed import Client
 from faulty_cluster import HERE
 
 from napari_unet.batch import cluster, scheduler, worker
+from napari_unet.batch import job as batch_job
 from napari_unet.batch.folder import batch_steps
 from napari_unet.errors import BadCluster, BadInput, BadOutput
 from napari_unet.steps import run_to_end
@@ -242,6 +244,28 @@ def test_what_only_some_computers_have_is_compared_where_it_computes(monkeypatch
     assert differ({"torch": "3"}, "cuda") == "torch 2 instead of 3"
     wanted = {"torch": "2", "onnxruntime": "1"}
     assert differ(wanted, "cuda") == "onnxruntime none instead of 1"
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
+def test_onnxruntime_is_the_same_program_under_either_name(monkeypatch, name):
+    def version(distribution):
+        if distribution != name:
+            raise PackageNotFoundError(distribution)
+        return "1.31.1"
+
+    monkeypatch.setattr(batch_job, "version", version)
+    version_of = batch_job.version_of.__wrapped__  # which remembers nothing
+    monkeypatch.setattr(worker, "version_of", version_of)
+    assert version_of("onnxruntime") == "1.31.1"
+    assert worker._different_versions({"onnxruntime": "1.31.1"}, "cuda") == ""
+
+
+def test_a_memory_limit_that_is_too_low_ends_the_batch(place, address):
+    with pytest.raises(BadInput, match="is too low for this network"):
+        run(make_job(place, settings={"memory_limit": 1e-6}), address)
+    assert "failed" not in (place / "out" / "journal.jsonl").read_text()
+    enough = make_job(place, settings={"memory_limit": 1})
+    assert not run(enough, address, resume=True).failed
 
 
 def wait_until_slow(steps):

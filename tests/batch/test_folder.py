@@ -436,14 +436,21 @@ def test_what_the_processor_runs_networks_with_is_in_the_job(place):
 
 
 def test_what_runs_a_network_as_it_is_is_in_the_job(place):
-    pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime")
     network = UNet(1, 2, depth=1, base_channels=4).eval()
     (place / "m.onnx").write_bytes(unet_file(network))
     assert "onnxruntime" not in program_versions(Model(network))
     job = make_job(place).model_copy(update={"model": str(place / "m.onnx")})
     run_well(job)
     told = BatchJob.load(place / "out" / "job.yaml")
-    assert told.versions["onnxruntime"] == version("onnxruntime")
+    assert told.versions["onnxruntime"] == onnxruntime.__version__
+
+
+def test_a_memory_limit_that_is_too_low_is_refused_once(place, monkeypatch):
+    monkeypatch.setattr(batch_file, "read_image", None)  # no file is read
+    with pytest.raises(BadInput, match="is too low for this network; allow"):
+        run(make_job(place, settings={"memory_limit": 1e-6}))
+    assert not (place / "out").exists()
 
 
 def test_nothing_is_made_for_a_model_that_is_not_there(place):

@@ -66,7 +66,11 @@ def test_tables_of_other_images(place):
     (place / "others").mkdir()
     shutil.copy(place / "in" / "a0.tif", place / "others" / "b.tif")
     others = make_job(place).model_copy(update={"input": place / "others"})
-    assert statuses(others) == ["other"]
+    found = survey(others)
+    assert [file.status for file in found.files] == ["waiting"]
+    names = [table.name for table in found.foreign_tables]
+    assert names == ["summary.csv", "report.html"]
+    assert survey(make_job(place)).foreign_tables == ()
 
 
 def test_what_was_put_beside_the_results(place):
@@ -103,3 +107,9 @@ def test_doubt(place):
         "Y": 0.5,
         "X": 0.5,
     }
+
+
+def test_a_memory_limit_that_is_too_low_is_a_doubt(place):
+    found = survey(make_job(place, settings={"memory_limit": 1e-6}))
+    assert found.doubt.startswith("A memory limit of 1e-06 GB is too low")
+    assert survey(make_job(place, settings={"memory_limit": 1})).doubt == ""

@@ -17,7 +17,9 @@ from qtpy.QtGui import QDesktopServices
 
 from napari_unet.batch.folder import batch_steps
 from napari_unet.batch.job import BatchJob
+from napari_unet.batch.journal import Entry
 from napari_unet.files.images import read_image
+from napari_unet.inference.backends import Backend
 from napari_unet.models.library import load_model
 from napari_unet.steps import run_to_end
 from napari_unet.widgets._batch_table import STATUS, FileTable, Row
@@ -84,7 +86,7 @@ def test_folder_with_a_bad_file(on, tmp_path):
     assert "objects in" in on.status
     statuses = [row.status for row in on.rows]
     assert statuses == ["skipped", "skipped", "failed", *["skipped"] * 3]
-    assert on.rows[2].text(3).startswith("failed: ")
+    assert on.rows[2].text(3).startswith("failed: is incomplete")
     assert on.rows[2].entry.reason in on.rows[2].tip
     assert on.rows[0].text(1) == "16"
     # What the dock has made is what the library makes of the same job.
@@ -165,6 +167,7 @@ def test_double_click_opens_once(on, tmp_path):
     assert on.viewer.layers.selection.active is labels
     on.double_click("cells_1.tif")  # is damaged
     on.wait_until(lambda: on.rows[1].entry.reason in on.status)
+    assert on.status.startswith("cells_1.tif ")
     assert len(on.viewer.layers) == 4
     on.viewer.layers.remove(image)
     on.viewer.layers.remove(labels)
@@ -436,6 +439,42 @@ def test_what_becomes_of_a_file_can_be_read_in_a_narrow_dock(qtbot):
     table.show_rows([Row("cells.tif", "done")])
     words = table.fontMetrics().horizontalAdvance("done, note")
     qtbot.waitUntil(lambda: table.columnWidth(STATUS) > words)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("a.tif is no image.", "is no image."),
+        ("a.tif: The axes differ.", "The axes differ."),
+        ("a.tif, page 3, is damaged.", "a.tif, page 3, is damaged."),
+        ("a.tiff is another one.", "a.tiff is another one."),
+    ],
+)
+def test_the_table_says_a_name_once(reason, words):
+    row = Row("sub/a.tif", "failed", Entry("sub/a.tif", "failed", reason=reason))
+    assert row.text(STATUS) == f"failed: {words}"
+
+
+def test_tables_of_other_images_are_replaced_on_request_only(on, tmp_path):
+    images = write_images(tmp_path / "in", 2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.csv").write_text("mine")
+    on.choose(images, tmp_path / "out")
+    assert [row.status for row in on.rows] == ["waiting"] * 2
+    assert on.status.startswith("⚠ summary.csv in that folder is not of these images.")
+    assert not on.start.isEnabled()
+    on.dock._replace.setChecked(True)
+    on.run()
+    assert on.status.startswith("2 done")
+
+
+def test_a_memory_limit_that_is_too_low_is_said_before(on, tmp_path, monkeypatch):
+    monkeypatch.setattr(Backend, "_fixed_bytes", 10**9)
+    on.dock._form._memory_limit.value = 0.5
+    on.choose(write_images(tmp_path / "in", 2))
+    assert "⚠ A memory limit of 0.5 GB is too low" in on.dock._form.about.text()
+    on.run()
+    assert on.status.startswith("A memory limit of 0.5 GB is too low")
 
 
 def test_a_model_without_a_file(new_viewer, qtbot, tmp_path):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import tifffile
 from desk import Desk, intensity_model, spots
 from napari.utils.notifications import notification_manager
+from qtpy.QtWidgets import QFormLayout, QWidget
 
 from napari_unet import segment
 from napari_unet.files.images import read_image
 from napari_unet.models.model import Model
+from napari_unet.steps import Progress
 from napari_unet.widgets import _file_facts, _layers
 from napari_unet.widgets._file_facts import FileFacts
+from napari_unet.widgets._image_chooser import READING, ImageChooser
 from napari_unet.widgets._session import Session
 
 
@@ -25,6 +30,29 @@ def stack(tmp_path):
     sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25, "PhysicalSizeZ": 2}
     tifffile.imwrite(path, pixels, metadata={"axes": "ZCYX", **sizes})
     return path
+
+
+class Headers:
+    """Headers of files, which are read when a test says so."""
+
+    def __init__(self):
+        self.begun = 0
+        self.may_be_read = threading.Event()
+        self._read_steps = _file_facts._read_steps
+
+    def read_steps(self, path):
+        self.begun += 1
+        yield Progress(0, 1)
+        self.may_be_read.wait(60)
+        return (yield from self._read_steps(path))
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    headers = Headers()
+    monkeypatch.setattr(_file_facts, "_read_steps", headers.read_steps)
+    yield headers
+    headers.may_be_read.set()
 
 
 def sized_model(size: float) -> Model:
@@ -83,6 +111,93 @@ def test_a_guess_is_called_so(desk):
     on.viewer.add_image(spots(3, 64, 64), name="named", axis_labels=labels)
     assert on.dock._image.axes == "TYX"
     assert guessed.isHidden()
+
+
+def test_nothing_is_segmented_by_a_guess_while_the_header_is_read(desk, stack, headers):
+    on = desk(sized_model(0.5))
+    (layer,) = on.viewer.open(stack, plugin="napari")
+    start = on.button("Segment")
+    assert not start.isEnabled()
+    assert start.toolTip() == READING
+    assert READING in on.dock._about.text()
+    assert "⚠" not in on.dock._about.text()
+    assert on.dock._image._guessed.isHidden()
+    headers.may_be_read.set()
+    on.wait_until(lambda: not _file_facts.is_being_read(layer))
+    assert start.isEnabled()
+    assert on.dock._image.axes == "ZCYX"
+
+
+def test_nothing_is_annotated_by_a_guess_while_the_header_is_read(
+    tune_desk, stack, headers
+):
+    on = tune_desk()
+    on.add_cells()
+    on.annotate()
+    on.wait_until(on.job.start.isEnabled)
+    (layer,) = on.viewer.open(stack, plugin="napari")
+    panel = on.dock._annotations
+    buttons = [panel.start, panel.add, on.job.start]
+    assert not any(button.isEnabled() for button in buttons)
+    assert [button.toolTip() for button in buttons] == [READING] * 3
+    assert not panel._labels.isEnabled()
+    assert on.problem == READING
+    headers.may_be_read.set()
+    on.wait_until(lambda: not _file_facts.is_being_read(layer))
+    assert all(button.isEnabled() for button in buttons)
+    assert not any(READING in button.toolTip() for button in buttons)
+    panel.add.click()
+    assert panel.current().labels.data.shape == (2, 64, 64)  # ZYX
+    assert panel.current().regions.ndim == 3
+
+
+def test_many_headers_are_read_one_after_the_other(desk, stack, headers):
+    on = desk(sized_model(0.5))
+    layers = [on.viewer.open(stack, plugin="napari")[0] for _ in range(4)]
+    assert headers.begun == 1  # the threads are for other work, too
+    shown = []
+    on.dock._image._on_change = lambda: shown.append(on.dock._image.layer)
+    headers.may_be_read.set()
+    on.wait_until(lambda: not any(map(_file_facts.is_being_read, layers)))
+    assert headers.begun == 4
+    assert shown == [layers[-1]]
+    on.dock._image.choose(layers[0])
+    assert on.dock._image.axes == "ZCYX"
+
+
+def test_layers_that_go_do_not_stop_the_others(desk, stack, headers):
+    on = desk(sized_model(0.5))
+    for _ in range(3):
+        on.viewer.open(stack, plugin="napari")
+    on.viewer.layers.clear()
+    headers.may_be_read.set()
+    open_file(on, stack)
+    assert on.dock._image.axes == "ZCYX"
+
+
+def test_a_layer_that_says_all_waits_for_no_file(desk, stack, headers):
+    on = desk(sized_model(0.5))
+    given = {"axis_labels": ("z", "c", "y", "x"), "scale": (2, 1, 0.25, 0.5)}
+    on.viewer.open(stack, plugin="napari", **given)
+    assert headers.begun == 0
+    assert on.button("Segment").isEnabled()
+    on.viewer.open(stack, plugin="napari", axis_labels=given["axis_labels"])
+    assert headers.begun == 1  # for its pixel size
+    assert not on.button("Segment").isEnabled()
+
+
+def test_the_field_of_the_axes_keeps_its_width(make_napari_viewer, qtbot):
+    viewer, rows = make_napari_viewer(), QWidget()
+    qtbot.addWidget(rows)
+    chooser = ImageChooser(viewer, QFormLayout(rows), lambda: None)
+    rows.resize(300, 100)
+    rows.show()
+    widths = {}
+    for shape in (64, 64), (3, 64, 64):
+        viewer.add_image(spots(*shape))
+        qtbot.wait(20)
+        widths[chooser._guessed.isVisible()] = chooser._axes.width()
+    assert widths[True] == widths[False]
 
 
 def test_a_file_that_has_gone_or_changed_does_no_harm(make_napari_viewer, qtbot, stack):

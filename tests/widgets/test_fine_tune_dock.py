@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 import time
 
 import numpy as np
@@ -28,8 +29,9 @@ from napari_unet.models.library import (
 )
 from napari_unet.training.project import load_project
 from napari_unet.training.weight_map import border_weight_map, cut_gaps
-from napari_unet.widgets import _project
+from napari_unet.widgets import _learning, _project
 from napari_unet.widgets._session import Session, recall
+from napari_unet.widgets._training import LiveStep, NewModel
 from napari_unet.widgets.fine_tune import FineTuneWidget
 from napari_unet.widgets.models import ModelsWidget
 
@@ -194,6 +196,32 @@ def test_cancel_leaves_nothing(tune_desk):
     on.train()
     on.wait_for_end()
     assert "weak-mine.safetensors" in library_files()
+
+
+def test_who_cancels_at_the_very_end_finds_the_new_model(tune_desk, monkeypatch):
+    on = tune_desk()
+    on.add_cells()
+    on.annotate()
+    saved = threading.Event()
+
+    def train_steps(name, begin, view):
+        yield LiveStep(0, 1, "preparing")
+        save_model(weak_model(), library_dir() / name)
+        saved.set()
+        return NewModel(name, weak_model())
+
+    def cancel_late(step):
+        saved.wait(30)
+        time.sleep(0.2)  # until the result waits for this thread
+        on.job.cancel.click()
+
+    monkeypatch.setattr(_learning, "LiveTraining", train_steps)
+    monkeypatch.setattr(on.job, "show_progress", cancel_late)
+    on.train()
+    on.wait_until(lambda: not on.dock._learning.is_running)
+    assert on.status == "Cancelled. The model is as it was."
+    for dock in on.dock, on.segment:
+        assert dock._chooser._list.findText("weak-mine") >= 0
 
 
 @pytest.mark.parametrize("pause", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from desk import intensity_model
 from models_desk import bright_milesial
 from onnx_files import node, onnx_file, tensor, value_info
 from qtpy.QtCore import QMimeData, QPointF, Qt, QTimer, QUrl
@@ -27,6 +29,8 @@ from napari_unet.models.library import (
     load_model,
 )
 from napari_unet.sample import nuclei
+from napari_unet.steps import Progress
+from napari_unet.widgets import _models_import
 from napari_unet.widgets._models_import import is_address
 
 BEFORE = ["bright", "mine", "nuclei"]
@@ -141,6 +145,29 @@ def test_what_is_dropped_is_imported_one_after_the_other(
     desk.work()
     assert "empty" in desk.status
     assert len(list_models()) == 5
+
+
+def test_who_cancels_at_the_very_end_finds_the_model(models_desk, monkeypatch):
+    desk = models_desk()
+    saved = threading.Event()
+
+    def import_steps(source):
+        yield Progress(0, 1)
+        save_model(intensity_model(), library_dir() / "late")
+        saved.set()
+        return "late"
+
+    def cancel_late(step):
+        saved.wait(30)
+        time.sleep(0.2)  # until the result waits for this thread
+        desk.click("Cancel")
+
+    monkeypatch.setattr(_models_import, "ask_first_steps", import_steps)
+    monkeypatch.setattr(desk.dock._work, "_on_progress", cancel_late)
+    desk.dock.import_file("late")
+    desk.work()
+    assert "late" in desk.names
+    assert desk.segment._chooser._list.findText("late") >= 0
 
 
 def test_addresses():

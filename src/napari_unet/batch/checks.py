@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from napari_unet.batch.plan import RESERVED, ZARR, few, identity, name_key
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
     from napari_unet.batch.job import BatchJob
     from napari_unet.batch.plan import Item
+    from napari_unet.inference.backends import Device, Precision
+    from napari_unet.models.model import Model
 
-__all__ = ["check_batch", "check_plan"]
+__all__ = ["check_batch", "check_memory", "check_plan"]
 
 
 def check_plan(items: Sequence[Item], folder: Path, *, overwrite: bool) -> None:
@@ -103,6 +106,39 @@ def check_batch(job: BatchJob, items: Sequence[Item], *, overwrite: bool) -> Non
             "result could replace an image; choose a folder elsewhere."
         )
     check_plan(items, job.output, overwrite=overwrite)
+
+
+def check_memory(
+    model: Model, device: Device, precision: Precision, memory_limit: float | None
+) -> None:
+    """Refuse a limit that is too low for the network, rather than file after file.
+
+    Parameters
+    ----------
+    model : Model
+        Whose network is to run.
+    device : Device
+        One that works.
+    precision : "auto" or "float32"
+        See `Backend`.
+    memory_limit : float or None
+        GB of the device's memory; with None nothing is refused.
+
+    Raises
+    ------
+    BadInput
+        If not even the smallest tile would fit.
+    """
+    if memory_limit is None:
+        return
+    from napari_unet.inference.backends import Backend
+    from napari_unet.inference.machine import Machine
+
+    backend_on = partial(
+        Backend, model.network, precision=precision, memory_limit=memory_limit
+    )
+    # What is made for it is kept for the first file.
+    Machine(backend_on, device.that_runs(model.network).name).close()
 
 
 def _check_collisions(items: Sequence[Item], folder: Path) -> None:

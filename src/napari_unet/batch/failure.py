@@ -62,8 +62,7 @@ def failed(item: Item, error: Exception, opened: Opened | None = None) -> Entry:
         raise error
     details = ""
     if isinstance(error, UnetError):
-        # Wherever the reason stands, the name is before it.
-        reason = str(error).removeprefix(item.image.name).lstrip(": ")
+        reason = str(error)
     elif isinstance(error, MemoryError):
         reason = "Memory ran out. Close other programs, or crop the image."
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from napari_unet.batch.checks import check_batch
+from napari_unet.batch.checks import check_batch, check_memory
 from napari_unet.batch.cluster import recall_tasks
 from napari_unet.batch.file import writing
 from napari_unet.batch.job import TILES_IF_INEXACT, BatchJob, program_versions
@@ -95,8 +95,12 @@ def batch_steps(
     check_batch(job, items, overwrite=may_replace)
     model = load_model(job.model)
     wanted = job.settings.device
-    # Workers choose for themselves.
-    device = Device(wanted) if scheduler else choose_device(wanted)
+    if scheduler:  # workers choose for themselves
+        device = Device(wanted)
+    else:
+        device = choose_device(wanted)
+        settings = job.settings
+        check_memory(model, device, settings.precision, settings.memory_limit)
     told, job = job, complete_job(job, model)
     with _locked(job.output):
         recall_tasks(job.output / INTERNAL)

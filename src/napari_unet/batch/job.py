@@ -41,6 +41,8 @@ _PROGRAMS = ("napari-unet", "torch", "numpy", "scikit-image")
 OF_PROCESSORS = "openvino"  # computes where it is installed and there is no GPU
 # What computes networks that run as they are.
 _OF_KINDS = {"onnx": "onnxruntime", "smp": "segmentation-models-pytorch"}
+# The same program is installed under one name or the other.
+_OTHER_NAMES = {"onnxruntime": "onnxruntime-gpu"}
 
 # Side of the tiles, by dimensions, for models whose result depends on it a little.
 # Fixed, so that it does not depend on the free memory.
@@ -265,8 +267,9 @@ def program_versions(model: Model) -> dict[str, str]:
 @cache  # it takes a millisecond
 def version_of(program: str) -> str:
     """Return the version of a program, "" if it is not installed."""
-    with suppress(PackageNotFoundError):
-        return version(program)
+    for name in filter(None, (program, _OTHER_NAMES.get(program))):
+        with suppress(PackageNotFoundError):
+            return version(name)
     return ""
 
 

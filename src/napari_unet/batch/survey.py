@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from napari_unet.batch.checks import check_batch
+from napari_unet.batch.checks import check_batch, check_memory
 from napari_unet.batch.folder import (
     complete_job,
     foreign_tables,
@@ -16,11 +16,13 @@ from napari_unet.batch.folder import (
 from napari_unet.batch.plan import JOURNAL, plan_batch_steps
 from napari_unet.errors import BadInput
 from napari_unet.files.images import read_image
+from napari_unet.inference.backends import choose_device
 from napari_unet.inference.source import open_source
 from napari_unet.steps import Progress, seldom_steps
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
+    from pathlib import Path
 
     from napari_unet.batch.job import BatchJob
     from napari_unet.batch.journal import Entry, Journal
@@ -42,8 +44,7 @@ class FileState:
         The image and its results.
     status : str
         "skipped" if it is done; "failed" or "waiting" if it is not; "other" if there
-        are results that were made in another way or changed since, or tables that
-        are not of these images.
+        are results that were made in another way or changed since.
     entry : Entry or None
         What became of it, if it is "skipped" or "failed".
     """
@@ -63,16 +64,19 @@ class Survey:
         With the hash of the model and the versions.
     files : tuple of FileState
         In the order of the plan.
+    foreign_tables : tuple of Path
+        Those in the output folder that are not of these images.
     is_begun : bool
         Whether there is a journal, so that the batch can be resumed.
     doubt : str
-        Why the first image cannot be segmented, "" if it can.
+        Why the first image, or none, cannot be segmented; "" if it can.
     pixel_size : dict
         Of the first image: axis letter to micrometres.
     """
 
     job: BatchJob
     files: tuple[FileState, ...]
+    foreign_tables: tuple[Path, ...]
     is_begun: bool
     doubt: str
     pixel_size: dict[str, float]
@@ -111,8 +115,10 @@ def survey_steps(job: BatchJob, model: Model) -> Generator[Progress, None, Surve
     check_batch(job, items, overwrite=True)
     files = yield from seldom_steps(_look_steps(items, job, open_journal(job, model)))
     doubt, pixel_size = _try_first(items[0], job, model)
+    doubt = _try_device(job, model) or doubt
     is_begun = (job.output / JOURNAL).is_file()
-    return Survey(job, tuple(files), is_begun, doubt, pixel_size)
+    tables = tuple(foreign_tables(job))
+    return Survey(job, tuple(files), tables, is_begun, doubt, pixel_size)
 
 
 def _look_steps(
@@ -120,12 +126,11 @@ def _look_steps(
 ) -> Generator[Progress, None, list[FileState]]:
     entries = journal.entries
     is_elsewhere = other_images(job) is not None
-    are_foreign = bool(foreign_tables(job))
     files = []
     for number, item in enumerate(items):
         yield Progress(number, len(items), "looking at the results")
-        state = _look(item, job, journal, entries.get(item.name), is_elsewhere)
-        files.append(FileState(item, "other") if are_foreign else state)
+        entry = entries.get(item.name)
+        files.append(_look(item, job, journal, entry, is_elsewhere))
     return files
 
 
@@ -165,3 +170,16 @@ def _try_first(item: Item, job: BatchJob, model: Model) -> tuple[str, dict[str, 
     except BadInput as error:
         return f"{item.name}: {error}", {}
     return "", sizes
+
+
+def _try_device(job: BatchJob, model: Model) -> str:
+    """See whether the network fits into what it may take."""
+    settings = job.settings
+    if settings.memory_limit is None:
+        return ""  # nothing to see, and not worth waking a GPU
+    try:
+        device = choose_device(settings.device)
+        check_memory(model, device, settings.precision, settings.memory_limit)
+    except BadInput as error:
+        return str(error)
+    return ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from napari_unet.batch.checks import check_memory
 from napari_unet.batch.failure import failed
 from napari_unet.batch.file import Task, compute_steps, finish, read
 from napari_unet.batch.job import OF_PROCESSORS, version_of
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from napari_unet.batch.file import Opened, Segmented
     from napari_unet.batch.journal import Entry
     from napari_unet.batch.plan import Item
-    from napari_unet.inference.backends import Device
+    from napari_unet.inference.backends import Device, Precision
     from napari_unet.models.model import Model
     from napari_unet.steps import Progress
 
@@ -101,6 +102,9 @@ def segment_on_worker(number: int, item: Item, order: Order) -> Entry:
     device = _set_up_process(worker.state.nthreads, order.task.options["device"])
     _check_fit(worker, item, order, device)
     options: Any = {**order.task.options, "device": device.name}
+    if limit := options["memory_limit"]:
+        what = order.model, order.sha256
+        _check_memory(*what, device, options["precision"], limit)
     task = replace(order.task, options=options)
     for folder in {item.labels.parent, order.model.parent}:
         _sweep_once(folder, order.topic)
@@ -229,6 +233,15 @@ def _load(path: Path, sha256: str) -> Model:
     if model_sha256(model) != sha256:
         raise BadModel(f"{path} was changed while a batch used it; start it again.")
     return model
+
+
+@lru_cache(maxsize=1)
+def _check_memory(
+    path: Path, sha256: str, device: Device, precision: Precision, limit: float
+) -> None:
+    """Do what `check_memory` does, once for each process and run."""
+    with _COMPUTING:
+        check_memory(_load(path, sha256), device, precision, limit)
 
 
 def _compute(

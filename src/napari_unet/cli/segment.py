@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from napari_unet.batch.checks import check_plan
+from napari_unet.batch.checks import check_memory, check_plan
 from napari_unet.batch.plan import few, plan_files
 from napari_unet.cli.options import (
     MODEL,
@@ -113,6 +113,7 @@ def segment(
             precision=precision,
         )
     )
+    check_memory(loaded, chosen, settings.precision, settings.memory_limit)
     task = Task(
         output=folder,
         internal=folder,

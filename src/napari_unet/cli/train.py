@@ -204,6 +204,8 @@ def train(
         else _untrained(annotations, ndim or task.ndim, settings)
     )
     started = time.perf_counter()
+    # Of another training, which this one does not go on with.
+    stale = None if resume else _last_change(snapshot)
     training = fine_tune_steps(
         start,
         annotations,
@@ -215,7 +217,7 @@ def train(
     try:
         better = _follow(training, output.name, quiet=quiet)
     except KeyboardInterrupt:
-        if not snapshot.exists():
+        if _last_change(snapshot) in (None, stale):
             raise
         raise Cancelled(
             "Stopped by Ctrl-C. The same command with --resume goes on."
@@ -225,6 +227,14 @@ def train(
     if not quiet:
         took = describe_seconds(time.perf_counter() - started)
         typer.echo(one_line(f"{output}: {_summary(better)}, {took}"))
+
+
+def _last_change(path: Path) -> int | None:
+    """Return when a file was written last, None if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True, eq=False)

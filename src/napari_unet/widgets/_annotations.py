@@ -38,6 +38,20 @@ UNPAINTED = {
     "more are objects.\nPaint some of both. Inside regions everything counts anyway.",
 }
 
+START_TIP = (
+    "Copy what Segment found in this image into a layer to be corrected.\nWithout a "
+    "segmentation the layer is empty."
+)
+ANNOTATED_TIP = (
+    "This image has an annotation already. Choose another layer above, or delete it to "
+    "start anew."
+)
+ADD_TIP = (
+    "Then drag a box over a part of the image in which every object is right.\nA few "
+    "small boxes that are completely right teach more than a large one that is half "
+    "right."
+)
+
 
 class AnnotationPanel(QWidget):
     """Which layers annotate which image, and the buttons that make such layers.
@@ -111,17 +125,8 @@ class AnnotationPanel(QWidget):
 
     def _buttons(self) -> QHBoxLayout:
         self.start = QPushButton("Start from segmentation")
-        self.start.setToolTip(
-            "Copy what Segment found in this image into a layer to be corrected.\n"
-            "Without a segmentation the layer is empty."
-        )
         self.start.clicked.connect(lambda: self._start())
         self.add = QPushButton("Add region")
-        self.add.setToolTip(
-            "Then drag a box over a part of the image in which every object is right.\n"
-            "A few small boxes that are completely right teach more than a large one "
-            "that is half right."
-        )
         self.add.clicked.connect(lambda: self._add_region())
         row = QHBoxLayout()
         row.addWidget(self.start, stretch=3)
@@ -222,16 +227,13 @@ class AnnotationPanel(QWidget):
             # napari keeps one callback, however often it is connected.
             layer.events.name.connect(self._on_renamed)
         annotated = self.pairs.labels_of(image) is not None
-        self._regions.setEnabled(annotated)
-        self.start.setEnabled(image is not None and not annotated)
-        self.start.setToolTip(
-            "This image has an annotation already. Choose another layer above, or "
-            "delete it to start anew."
-            if annotated
-            else "Copy what Segment found in this image into a layer to be corrected.\n"
-            "Without a segmentation the layer is empty."
-        )
-        self.add.setEnabled(image is not None)
+        pending = self.image.pending  # else layers would get the shape of a guess
+        self._labels.setEnabled(not pending)
+        self._regions.setEnabled(annotated and not pending)
+        self.start.setEnabled(image is not None and not annotated and not pending)
+        self.start.setToolTip(pending or (ANNOTATED_TIP if annotated else START_TIP))
+        self.add.setEnabled(image is not None and not pending)
+        self.add.setToolTip(pending or ADD_TIP)
         for pair in self.pairs.all():
             self._listen(pair)
         self._on_change()

@@ -61,7 +61,9 @@ class Row:
             return self.name
         if column == STATUS:
             if entry is not None and entry.reason:
-                return f"failed: {entry.reason}"
+                own = self.name.rpartition("/")[2]  # is said in this row already
+                reason = entry.reason.removeprefix(f"{own}: ").removeprefix(f"{own} ")
+                return f"failed: {reason}"
             words = _WORDS.get(self.status, self.status)
             has_notes = entry is not None and entry.notes
             return f"{words}, note" if has_notes and words == "done" else words

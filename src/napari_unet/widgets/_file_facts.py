@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,10 @@ class FileFacts:
 
 _known: weakref.WeakKeyDictionary[Image, FileFacts | None]
 _known = weakref.WeakKeyDictionary()  # of all layers whose files were looked at
-_waiting: weakref.WeakKeyDictionary[Image, list[Callable[[], None]]]
+_waiting: weakref.WeakKeyDictionary[Image, list[Callable[[Image], None]]]
 _waiting = weakref.WeakKeyDictionary()
+# Layers and their files, the first of which is being read.
+_queue: deque[tuple[weakref.ref[Image], str]] = deque()
 
 
 def file_facts(layer: Image, shape: tuple[int, ...]) -> FileFacts | None:
@@ -63,7 +66,7 @@ def is_being_read(layer: Image) -> bool:
     return layer in _waiting
 
 
-def read_file_facts(layer: Image, on_read: Callable[[], None]) -> None:
+def read_file_facts(layer: Image, on_read: Callable[[Image], None]) -> None:
     """Read the header of the file of a layer in a thread, once.
 
     Parameters
@@ -71,26 +74,40 @@ def read_file_facts(layer: Image, on_read: Callable[[], None]) -> None:
     layer : Image
         Nothing is read if it is not of a TIFF: other readers give it axis labels.
     on_read : callable
-        Called when it is read.
+        Called with the layer when it is read, once.
     """
     if layer in _waiting:
-        _waiting[layer].append(on_read)
+        if on_read not in _waiting[layer]:
+            _waiting[layer].append(on_read)
         return
     path = str(layer.source.path or "")
     if layer in _known or not path.lower().endswith((".tif", ".tiff")):
         return
     _known[layer] = None
     _waiting[layer] = [on_read]
-    of_layer = weakref.ref(layer)
+    _queue.append((weakref.ref(layer), path))
+    if len(_queue) == 1:
+        _read_next()
+
+
+def _read_next() -> None:
+    """Read one file at a time: the threads are few, and not for this alone."""
+    while _queue and _queue[0][0]() is None:
+        _queue.popleft()  # the layer has gone
+    if not _queue:
+        return
+    of_layer, path = _queue[0]
 
     def keep(facts: FileFacts) -> None:
         if (layer := of_layer()) is not None:
             _known[layer] = facts
 
     def tell() -> None:
+        _queue.popleft()
+        _read_next()
         if (layer := of_layer()) is not None:
             for on_read in _waiting.pop(layer, []):
-                on_read()
+                on_read(layer)
 
     start_worker(
         _read_steps(path),

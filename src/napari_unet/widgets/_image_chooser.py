@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from napari_unet.models.model import Model
 
+READING = "The header of the file is being read."
+
 
 class ImageChooser(QObject):
     """The rows "Image", "Axes" and, where needed, one for each channel.
@@ -65,6 +67,9 @@ class ImageChooser(QObject):
         form.addRow("Image", self._list)
         self._guessed = QLabel("guessed")
         self._guessed.setToolTip("Neither the layer nor its file says its axes.")
+        policy = self._guessed.sizePolicy()
+        policy.setRetainSizeWhenHidden(True)
+        self._guessed.setSizePolicy(policy)
         row = QHBoxLayout()
         row.addWidget(self._axes)
         row.addWidget(self._guessed)
@@ -79,6 +84,12 @@ class ImageChooser(QObject):
         """The chosen image layer."""
         layer: Image | None = self._list.currentData()
         return layer
+
+    @property
+    def pending(self) -> str:
+        """Why nothing can be done with the chosen layer for a moment, or ""."""
+        layer = self.layer
+        return READING if layer is not None and is_being_read(layer) else ""
 
     @property
     def axes(self) -> str:
@@ -103,8 +114,8 @@ class ImageChooser(QObject):
     def engine_input(self) -> tuple[Any, str, list[int] | None]:
         """Return image, axes and channels for the engine; raise `BadInput`."""
         layer = self.layer
-        if layer is not None and is_being_read(layer):
-            raise BadInput("The header of the file is being read.")
+        if self.pending:
+            raise BadInput(self.pending)
         if layer is not None and layer.rgb != ("S" in self.axes):
             raise BadInput(
                 "The layer is RGB: its last axis is S, for example YXS."
@@ -147,7 +158,8 @@ class ImageChooser(QObject):
                 self._list.addItem(layer.name, layer)
                 # napari keeps one callback, however often it is connected.
                 layer.events.name.connect(self._on_renamed)
-                read_file_facts(layer, self._on_choice)
+                if not _layers.is_described(layer):
+                    read_file_facts(layer, self._on_read)
             first = min(len(layers), 1) - 1
             self._list.setCurrentIndex(
                 layers.index(wanted) if wanted in layers else first
@@ -162,6 +174,11 @@ class ImageChooser(QObject):
     def _on_renamed(self, event: object = None) -> None:
         for index in range(self._list.count()):
             self._list.setItemText(index, self._list.itemData(index).name)
+
+    @while_alive
+    def _on_read(self, layer: Image) -> None:
+        if layer is self.layer:
+            self._on_choice()
 
     @while_alive
     def _on_choice(self) -> None:
@@ -181,6 +198,7 @@ class ImageChooser(QObject):
         self._guessed.setVisible(
             layer is not None
             and layer.ndim > 2
+            and not self.pending
             and layer not in self._axes_by_layer
             and not _layers.known_axes(layer)
         )

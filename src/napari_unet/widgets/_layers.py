@@ -57,11 +57,23 @@ def guess_axes(layer: Image) -> str:
 
 def known_axes(layer: Image) -> str:
     """Return the axes as the layer's labels or its file name them, or ""."""
+    if axes := _labelled_axes(layer):
+        return axes
+    facts = file_facts(layer, image_array(layer).shape)
+    return facts.axes if facts else ""
+
+
+def _labelled_axes(layer: Image) -> str:
     letters = "".join(str(label)[:1].upper() for label in layer.axis_labels)
     if set(letters) <= set("TCZYX") and len(set(letters)) == len(letters):
         return letters + ("S" if layer.rgb else "")
-    facts = file_facts(layer, image_array(layer).shape)
-    return facts.axes if facts else ""
+    return ""
+
+
+def is_described(layer: Image) -> bool:
+    """Whether a layer says its axes and pixel size itself: its file adds nothing."""
+    axes = _labelled_axes(layer)
+    return bool(axes) and set(axes) & set("ZYX") <= pixel_size(layer, axes).keys()
 
 
 def pixel_size(layer: Image, axes: str) -> dict[str, float]:

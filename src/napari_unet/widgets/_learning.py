@@ -10,6 +10,7 @@ from napari.utils.notifications import show_info
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QVBoxLayout, QWidget
 
+from napari_unet.models.library import list_models
 from napari_unet.steps import describe_seconds
 from napari_unet.widgets._dock import JobRow, while_alive
 from napari_unet.widgets._live import Previews
@@ -189,7 +190,10 @@ class Learning(QWidget):
 
     @while_alive
     def _on_finished(self) -> None:
-        self._worker = None
+        worker, self._worker = self._worker, None
+        is_cancelled = worker is not None and worker.abort_requested
+        if is_cancelled and self._name in list_models():  # at the very end
+            self._session.library_changed.emit("", self._name)
         self._running.clear()
         self._look_timer.stop()
         self.job.set_running(False)

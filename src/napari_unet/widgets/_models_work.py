@@ -30,11 +30,14 @@ class WorkRow(QWidget):
     ----------
     on_change : callable
         Called when something begins or has ended.
+    on_cancelled : callable
+        Called before that if it was cancelled, though it may just have been done.
     """
 
-    def __init__(self, on_change: Callable[[], None]):
+    def __init__(self, on_change: Callable[[], None], on_cancelled: Callable[[], None]):
         super().__init__()
         self._on_change = on_change
+        self._on_cancelled = on_cancelled
         self._worker: GeneratorWorker | None = None
         self._undo: Callable[[], None] | None = None
         self._stops = False  # whether what is being done can be cancelled
@@ -120,8 +123,11 @@ class WorkRow(QWidget):
 
     @while_alive
     def _end(self, results: list[Any], on_result: Callable[[Any], None]) -> None:
+        is_cancelled = self._worker is not None and self._worker.abort_requested
         self.busy, self._worker = "", None
         self._end_bar()
+        if is_cancelled:
+            self._on_cancelled()
         for result in results:
             on_result(result)
         self._on_change()

@@ -28,7 +28,8 @@ class Session:
     how the user has objects made now, as keywords of `ObjectSettings`, by model.
 
     `library_changed` tells the former and the new name of a model in the library: ""
-    and a name when it was added, a name and "" when it was removed.
+    and a name when it was added, a name and "" when it was removed, both "" when it is
+    not known whether something was.
     """
 
     events: ClassVar[SignalGroupDescriptor] = SignalGroupDescriptor(

@@ -11,7 +11,7 @@ from qtpy.QtGui import QDesktopServices
 from qtpy.QtWidgets import QCheckBox, QFileDialog, QHBoxLayout, QPushButton
 
 from napari_unet.batch.job import FILE_NAME, BatchJob
-from napari_unet.batch.plan import REPORT
+from napari_unet.batch.plan import REPORT, few
 from napari_unet.errors import UnetError
 from napari_unet.steps import describe_seconds
 from napari_unet.widgets import _session
@@ -194,6 +194,12 @@ class BatchWidget(Dock):
         images = f"{total:,} image{'s' * (total != 1)}"
         if self._replace.isChecked():
             return "", f"{images}; results that exist are replaced."
+        if tables := survey.foreign_tables:
+            are = "is" if len(tables) == 1 else "are"
+            return (
+                f"⚠ {few([table.name for table in tables])} in that folder {are} not "
+                "of these images. Choose another folder, or tick Replace results."
+            ), ""
         if other := survey.count("other"):
             return (
                 f"⚠ {other:,} result{'s' * (other != 1)} in that folder were made in "

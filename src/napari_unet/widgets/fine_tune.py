@@ -188,6 +188,8 @@ class FineTuneWidget(Dock):
         """Say why Train cannot be clicked now, "" if it can."""
         if self._annotations.image.layer is None:
             return "There is no image layer. Open an image, or File › Open Sample."
+        if self._annotations.image.pending:
+            return self._annotations.image.pending
         if self._chooser.loading:
             return "The model is being loaded."
         if self._session.model is None and not self._chooser.new_ndim:
@@ -212,8 +214,9 @@ class FineTuneWidget(Dock):
         self._project.refresh()
         problem, running = self._problem(), self._learning.is_running
         start, stopped = self._learning.job.start, self._learning.stopped
-        doubt = problem or ("" if running else self._survey.doubt)
-        self._problems.setText(f"⚠ {doubt}" if doubt and not running else "")
+        doubt = "" if running else problem or self._survey.doubt
+        is_short = self._annotations.image.pending or self._chooser.loading
+        self._problems.setText(doubt if is_short or not doubt else f"⚠ {doubt}")
         start.setEnabled(not running and not problem)
         tip = problem or "Learn from everything that is annotated above."
         if not problem and stopped.name == self._name.text().strip():

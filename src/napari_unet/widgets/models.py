@@ -94,7 +94,9 @@ class ModelsWidget(Dock):
         self._use.setFont(font)
         self._use.clicked.connect(lambda: self._load(self._tree.chosen))
         self.column.addWidget(self._use)
-        self._work = WorkRow(self._refresh_buttons)
+        self._work = WorkRow(
+            self._refresh_buttons, lambda: self._session.library_changed.emit("", "")
+        )
         self._importer = Importer(self._work, self._show_imported)
         self._work.say("Choose a model: Use hands it to the other docks.")
         self.column.addWidget(self._work)

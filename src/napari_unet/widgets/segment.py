@@ -176,6 +176,8 @@ class SegmentWidget(Dock):
         layer, model = self._image.layer, self._session.model
         if layer is None:
             return "There is no image layer. Open an image, or File › Open Sample."
+        if self._image.pending:
+            return self._image.pending
         if self._chooser.loading:
             return "The model is being loaded."
         if model is None:
@@ -194,7 +196,8 @@ class SegmentWidget(Dock):
         problem = self._problem()
         lines = [] if model is None else [model.describe()]
         if problem:
-            lines.append(problem if self._chooser.loading else f"⚠ {problem}")
+            is_short = self._image.pending or self._chooser.loading
+            lines.append(problem if is_short else f"⚠ {problem}")
         elif layer is not None and model is not None:
             sizes = _layers.pixel_size(layer, self._image.axes)
             fit = model.describe_fit(sizes)
