@@ -159,6 +159,15 @@ def test_the_passport_says_what_was_done():
     assert again.passport.object_diameter == passport.object_diameter
 
 
+def test_typical_objects_are_those_that_were_annotated():
+    """Also where the base's were others, measured or set by hand."""
+    model = tiny()
+    model.passport = model.passport.model_copy(update={"object_diameter": 40.0})
+    better = fine_tune(model, [Annotation(*discs(0))], QUICK)
+    assert better.passport.object_diameter == pytest.approx(9, abs=3)
+    assert model.passport.object_diameter == 40
+
+
 @pytest.mark.parametrize("labels_are", ["objects", "classes"])
 def test_training_never_depends_on_unknown_pixels(labels_are):
     image, labels = discs(3, (64, 80), 8)

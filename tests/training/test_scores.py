@@ -34,7 +34,8 @@ def _brute_force(true, predicted, threshold):
             iou[row, column] = shared / np.sum((true == t) | (predicted == p))
     matched = []
     if iou.size:
-        cost = -(iou >= threshold).astype(float) - iou / (2 * min(iou.shape))
+        # Unlike StarDist's, without what pairs below the threshold share.
+        cost = -np.where(iou >= threshold, 1 + iou / (2 * min(iou.shape)), 0)
         rows, columns = linear_sum_assignment(cost)
         matched = [
             iou[row, column]

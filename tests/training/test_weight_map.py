@@ -89,15 +89,15 @@ def test_equals_brute_force_whatever_the_labels(labels, w0, sigma, device):
         elements=st.sampled_from([0, 0, 0, 1, 2, 3, 70_000, 2**31 - 1]),
     ),
     reach=st.integers(1, 14),
-    slab=st.sampled_from([1, 30, 10**6]),
+    block=st.sampled_from([1, 30, 10**6]),
 )
 @settings(deadline=None)
-def test_by_torch_distances_are_exact_as_far_as_is_looked(objects, reach, slab):
-    """Also where a slab ends, and for numbers that need 64 bits."""
+def test_by_torch_distances_are_exact_as_far_as_is_looked(objects, reach, block):
+    """Also where a block ends, and for numbers that need 64 bits."""
     exact = [np.full(objects.shape, np.inf)] * 2
     exact += [distance_transform_edt(objects != v) for v in np.unique(objects) if v]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SLAB", slab)
+        patch.setattr(module, "_BLOCK", block)
         found = two_nearest(objects, reach, "cpu")
     for distance, expected in zip(found, np.sort(exact, axis=0), strict=False):
         near = expected <= reach
@@ -114,14 +114,75 @@ def test_by_torch_the_weights_are_the_same(shape, preset, device):
     assert_allclose(weights, border_weight_map(labels, preset=preset), atol=2e-5)
 
 
-def test_a_full_gpu_leaves_the_weights_to_the_processor(monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((70, 90), (4, 4)),
+        ((11, 40, 30), (1, 4, 4)),
+        ((25, 33, 26), (4, 4, 4)),
+        ((40, 40), (1, 1)),
+        ((0, 9), (0, 1)),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_by_torch_blocks_do_not_show(shape, parts, device, monkeypatch):
+    objects, reach = discs(shape, 30, seed=1), 6
+    whole = two_nearest(objects, reach, "cpu")
+    monkeypatch.setattr(module, "_BLOCK", 40 * 40)
+    cores = list(module._cores(shape, reach))
+    starts = [{core[axis].start for core in cores} for axis in range(len(shape))]
+    assert len(cores) == np.prod(parts)
+    assert not cores or tuple(map(len, starts)) == parts
+    for one, other in zip(whole, two_nearest(objects, reach, device), strict=True):
+        assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 1024, 1024), (64, 2048, 2048), (512, 512, 512), (4096, 4096)]
+)
+@pytest.mark.parametrize("reach", [27, 34])
+def test_by_torch_large_images_are_cut_without_much_work_done_twice(shape, reach):
+    """With the reach of both presets."""
+    work, covered = 0, 0
+    for core in module._cores(shape, reach):
+        sides = [
+            min(side.stop + reach, end) - max(side.start - reach, 0)
+            for side, end in zip(core, shape, strict=True)
+        ]
+        assert np.prod(sides) <= module._BLOCK
+        for axis, side in enumerate(core):  # what is around is let go of one by one
+            sides[axis] = side.stop - side.start
+            work += np.prod(sides) / len(shape)
+        covered += np.prod(sides)
+    assert covered == np.prod(shape)
+    assert work < 2 * covered
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory."),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_full_gpu_leaves_the_weights_to_the_processor(monkeypatch, error, words):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error(words)
 
     labels = cut_gaps(discs((60, 50), 10, seed=0))
     monkeypatch.setattr(module, "_nearest_in", full)
     weights = border_weight_map(labels, device="cpu")
     assert_array_equal(weights, border_weight_map(labels))
+
+
+def test_other_errors_of_a_gpu_are_not_taken_for_a_full_one(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module, "_nearest_in", fail)
+    with pytest.raises(RuntimeError, match="illegal"):
+        border_weight_map(discs((9, 9), 2, seed=0), device="cpu")
 
 
 def test_unknown_pixels_weigh_nothing_and_do_not_count():

@@ -21,7 +21,8 @@ from napari_unet.steps import run_to_end
 from napari_unet.training.adapt import untrained_model
 from napari_unet.training.annotations import check_annotations
 from napari_unet.training.data import prepare_steps
-from napari_unet.training.loop import Training, is_better, learning_rate
+from napari_unet.training.loop import Training, is_better
+from napari_unet.training.optimizer import learning_rate
 from napari_unet.training.project import base_of, load_project
 from napari_unet.training.project_file import SNAPSHOT_FILE
 from napari_unet.training.settings import TrainingSettings, TrainingStep, View
@@ -362,7 +363,7 @@ def _finish_steps(
         low = min(low, passport.intensity_range[0])
         high = max(high, passport.intensity_range[1])
     diameter = passport.object_diameter
-    if data.diameters:
+    if data.diameters:  # whatever the base's objects were
         diameter = round(float(np.median(data.diameters)), 1)
     network = build_unet(data.model.unet.config, best.weights, "the training")
     changes = {

@@ -13,7 +13,7 @@ import torch
 
 from napari_unet.errors import OutOfMemory, UnetError
 from napari_unet.inference.backends import is_out_of_memory
-from napari_unet.inference.executors import computes_bfloat16
+from napari_unet.inference.executors import computes_bfloat16, without_tf32
 from napari_unet.inference.segment import segment_steps
 from napari_unet.steps import mapped_steps
 from napari_unet.training.feed import Feed
@@ -23,6 +23,7 @@ from napari_unet.training.losses import (
     cross_entropy,
     soft_dice,
 )
+from napari_unet.training.optimizer import Statistics, make_optimizer
 from napari_unet.training.patches import Patches
 from napari_unet.training.plan import smaller_plan
 from napari_unet.training.settings import TrainingStep, View
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from napari_unet.inference.settings import ObjectSettings
     from napari_unet.steps import Progress
@@ -51,14 +53,12 @@ if TYPE_CHECKING:
     from napari_unet.training.settings import TrainingSettings
     from napari_unet.training.validation import Predicted
 
-__all__ = ["Training", "is_better", "learning_rate"]
+__all__ = ["Training", "is_better"]
 
 Result = TypeVar("Result")
 Beats: TypeAlias = Generator[TrainingStep, View | None, Result]
 
 _LARGEST_GRADIENT = 5.0
-_RATE = 1e-3
-_WARM_UP = 100  # steps at most, and a tenth of all
 _UNSAVED = 60.0  # seconds, at most
 # A GPU looks at the held-out part every second or two, and to write a large network
 # takes as long.
@@ -103,8 +103,10 @@ class Training:
         self._identity: dict[str, Any] = {}
         self._feed = Feed(Patches(data.images, settings.seed), data.plan, device)
         self.network = data.model.unet.to(device)
-        if data.model.ndim == 2:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # On Apple's GPUs channels last are slow, and wrong in some versions of torch.
+        gains = data.model.ndim == 2 and device.type in ("cpu", "cuda")
+        self._layout = torch.channels_last if gains else torch.contiguous_format
+        self.network.to(memory_format=self._layout)  # type: ignore[call-overload]
         # Once, as the lists below: a search through all modules keeps a GPU waiting.
         self.network.train()
         if settings.freeze_encoder:
@@ -112,8 +114,8 @@ class Training:
                 if name in ("encoder", "bridge", "bottleneck"):
                     part.requires_grad_(False).eval()
         self._weights = [w for w in self.network.parameters() if w.requires_grad]
-        self._statistics = list(self.network.buffers())
-        self.optimizer = _optimizer(self._weights, settings)
+        self._statistics = Statistics(self.network)
+        self.optimizer = make_optimizer(self._weights, settings)
         self._loss = _loss(settings, self.network.config.num_classes)
         self._half = settings.precision == "auto" and computes_bfloat16(device)
 
@@ -147,7 +149,7 @@ class Training:
         while True:
             try:
                 with self._memory_in_words():
-                    loss = self._differentiate(step)
+                    sizes = self._differentiate(step)
                 break
             except OutOfMemory:
                 smaller = smaller_plan(self.network.config, self.plan)
@@ -155,25 +157,20 @@ class Training:
                     raise
             # Only here has the error let go of what was computed so far.
             self._use(smaller)
-        if math.isfinite(loss):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            with self._memory_in_words():
-                self.optimizer.step()
+        with self._memory_in_words():
+            loss = self._change_weights(sizes, rate)
         if self.plan != wanted:
             note = f"Memory ran out with {wanted}: going on with {self.plan}."
             yield from self.tell(note=note)
         return loss
 
-    def _differentiate(self, step: int) -> float:
-        """Compute the loss of a step and its gradient; not finite if one is not."""
-        before = [buffer.clone() for buffer in self._statistics]
-        loss = math.nan
+    def _differentiate(self, step: int) -> Tensor:
+        """Compute the loss of a step, and its gradient; return the sizes of both."""
+        self._statistics.keep()
         try:
             self.optimizer.zero_grad(set_to_none=True)
             image, target, weights = self._feed.batch(step)
-            if image.ndim == 4:
-                image = image.contiguous(memory_format=torch.channels_last)
+            image = image.contiguous(memory_format=self._layout)
             with self._randomness(step), self._precision():
                 with torch.autocast(
                     self._device.type, torch.bfloat16, enabled=self._half
@@ -182,14 +179,29 @@ class Training:
                 of_patches = self._loss(logits, target, weights)
                 of_patches.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(self._weights, _LARGEST_GRADIENT)
-            value, size = torch.stack([of_patches.detach(), norm]).tolist()
-            if math.isfinite(value) and math.isfinite(size):
-                loss = float(value)
-            return loss
-        finally:
-            if not math.isfinite(loss):
-                for buffer, old in zip(self._statistics, before, strict=True):
-                    buffer.copy_(old)
+            return torch.stack([of_patches.detach(), norm])
+        except BaseException:
+            self._statistics.put_back()
+            raise
+
+    def _change_weights(self, sizes: Tensor, rate: float) -> float:
+        """Do what the optimiser does, if loss and gradient are finite; return the loss.
+
+        A GPU is waited for only when it has got all its commands: it decides itself.
+        """
+        is_finite = sizes.isfinite().all()
+        # But AdamW on Apple's does not look whether it should.
+        if self._device.type != "mps" or is_finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            # As torch's GradScaler tells fused optimisers to leave out a step.
+            self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        loss, norm = sizes.tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return float(loss)
+        self._statistics.put_back()
+        return math.nan
 
     @contextmanager
     def _memory_in_words(self) -> Iterator[None]:
@@ -381,10 +393,7 @@ class Training:
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._device.type == "cuda" and self._settings.precision == "float32":
-            flags: AbstractContextManager[object] = torch.backends.cudnn.flags(
-                enabled=True, allow_tf32=False
-            )
-            return flags
+            return without_tf32()
         return nullcontext()
 
 
@@ -402,30 +411,6 @@ def is_better(scores: dict[str, float], others: dict[str, float]) -> bool:
     """Compare F1 first, then the loss."""
     f1, other = scores["F1@0.5"], others["F1@0.5"]
     return f1 > other or (f1 == other and scores["loss"] < others["loss"])
-
-
-def learning_rate(settings: TrainingSettings, step: int) -> float:
-    """Return the learning rate of a step, counted from 1.
-
-    The paper's stays. The default's rises linearly in the first tenth of the steps,
-    at most 100, and then falls as half a period of a cosine.
-    """
-    rate = settings.learning_rate or _RATE
-    if settings.preset == "paper":
-        return rate
-    warm_up = min(_WARM_UP, max(1, settings.steps // 10))
-    if step <= warm_up:
-        return rate * step / warm_up
-    part = (step - warm_up) / (settings.steps - warm_up + 1)
-    return rate * (1 + math.cos(math.pi * part)) / 2
-
-
-def _optimizer(
-    weights: list[torch.nn.Parameter], settings: TrainingSettings
-) -> torch.optim.Optimizer:
-    if settings.preset == "paper":
-        return torch.optim.SGD(weights, momentum=0.99, fused=True)
-    return torch.optim.AdamW(weights, weight_decay=1e-2, fused=True)
 
 
 def _loss(settings: TrainingSettings, outputs: int) -> Loss:

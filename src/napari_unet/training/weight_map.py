@@ -176,13 +176,14 @@ def _two_nearest_on(
     device: str, objects: NDArray[np.int32], reach: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """Let torch compute; None if the device is full."""
-    import torch
-
+    from napari_unet.inference.backends import is_out_of_memory
     from napari_unet.training.two_nearest import two_nearest
 
     try:
         return two_nearest(objects, reach, device)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
