@@ -219,7 +219,7 @@ def test_who_cancels_at_the_very_end_finds_the_new_model(tune_desk, monkeypatch)
     monkeypatch.setattr(on.job, "show_progress", cancel_late)
     on.train()
     on.wait_until(lambda: not on.dock._learning.is_running)
-    assert on.status == "Cancelled. The model is as it was."
+    assert on.status == "It was done before Cancel: 'weak-mine' is in the library."
     for dock in on.dock, on.segment:
         assert dock._chooser._list.findText("weak-mine") >= 0
 

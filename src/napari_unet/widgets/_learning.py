@@ -192,7 +192,8 @@ class Learning(QWidget):
     def _on_finished(self) -> None:
         worker, self._worker = self._worker, None
         is_cancelled = worker is not None and worker.abort_requested
-        if is_cancelled and self._name in list_models():  # at the very end
+        if is_cancelled and self._name in list_models():
+            self.say(f"It was done before Cancel: {self._name!r} is in the library.")
             self._session.library_changed.emit("", self._name)
         self._running.clear()
         self._look_timer.stop()
