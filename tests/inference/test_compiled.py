@@ -258,6 +258,7 @@ def test_what_fails_after_it_was_compiled_is_not_used(compute_doubled):
         for _ in range(2):
             result = compute(image_of(4), None)
             torch.testing.assert_close(result, 2 * image_of(4))
+            assert not compute.is_ready
         compute._ready[key] = lambda image, _: (_ for _ in ()).throw(
             torch.OutOfMemoryError("CUDA out of memory")
         )

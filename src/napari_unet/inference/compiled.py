@@ -86,8 +86,8 @@ class CompiledLater:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                _log.info("Going on without what was compiled: %s", error)
-                self._ready[key] = self._function
+                del self._ready[key]
+                self._give_up(error)
         result = self._function(image, cropping)
         if function is None:
             self._consider(key, image)
@@ -136,9 +136,13 @@ class CompiledLater:
             )
             function(image, key[1])  # the first call compiles
         except Exception as error:
-            _log.info("Going on without compiling: %s", error)
-            CompiledLater._begun = MOST_RESULTS  # nor is it tried again
+            self._give_up(error)
         else:
             self._ready[key] = function
         finally:
             sys.setswitchinterval(interval)
+
+    @staticmethod
+    def _give_up(error: Exception) -> None:
+        _log.info("Going on without compiling: %s", error)
+        CompiledLater._begun = MOST_RESULTS  # nor is it tried again

@@ -25,7 +25,7 @@ from napari_unet.inference.machine import Machine
 from napari_unet.inference.opener import Opener
 from napari_unet.inference.plan import TilePlan
 from napari_unet.inference.source import open_source
-from napari_unet.inference.tile_run import TileRun, heartbeats
+from napari_unet.inference.tile_run import TileRun, result_steps
 from napari_unet.network.program_config import ProgramConfig
 from napari_unet.steps import Progress
 
@@ -270,7 +270,7 @@ class Predictor:
         """
         yield from self._note_steps(index, 0)
         opening = self._opening.pop(index, None) or self._open(index)
-        opened = yield from self._heartbeats(opening, index, 0)
+        opened = yield from result_steps(opening, partial(self._progress, index, 0))
         if index + 1 < len(self.units):  # read while this one is computed
             self._opening[index + 1] = self._open(index + 1)
         hand_on = partial(self._hand_on, opened, reduce, take)
@@ -383,13 +383,8 @@ class Predictor:
         self, future: Future[Result], index: int
     ) -> Generator[Progress, None, Result]:
         """Wait for what `submit` gave, after all tiles of a unit, with heartbeats."""
-        return (yield from self._heartbeats(future, index, len(self._plan.tiles)))
-
-    def _heartbeats(
-        self, future: Future[Result], index: int, done: int
-    ) -> Generator[Progress, None, Result]:
-        yield from heartbeats([future], lambda: self._progress(index, done))
-        return future.result()
+        tick = partial(self._progress, index, len(self._plan.tiles))
+        return result_steps(future, tick)
 
     def _note_steps(self, index: int, done: int) -> Generator[Progress, None, None]:
         """Say what was not said yet."""

@@ -43,6 +43,7 @@ __all__ = [
     "TorchExecutor",
     "computes_bfloat16",
     "make_executor",
+    "memory_format",
     "without_tf32",
 ]
 
@@ -133,6 +134,15 @@ def without_tf32() -> Iterator[None]:
             convolutions.fp32_precision = before
 
 
+def memory_format(device: torch.device, ndim: int) -> torch.memory_format:
+    """Return the order of the numbers of maps with which a device is fastest.
+
+    On Apple's GPUs channels last are slow, and wrong in some versions of torch.
+    """
+    gains = ndim == 2 and device.type in ("cpu", "cuda")
+    return torch.channels_last if gains else torch.contiguous_format
+
+
 class TorchExecutor:
     """A network run by torch: batch norms folded, channels last, 16 bits where able.
 
@@ -155,8 +165,8 @@ class TorchExecutor:
             folded = fold(network)
             splits = self._dtype.itemsize == 2 and split_first(folded, self._dtype)
             folded.to(device, self._dtype)
-            if network.config.ndim == 2:
-                folded.to(memory_format=_memory_format(device))  # type: ignore[call-overload]
+            layout = memory_format(device, network.config.ndim)
+            folded.to(memory_format=layout)  # type: ignore[call-overload]
             self._network = folded
         else:
             self._network = network.on(device).requires_grad_(False)
@@ -234,9 +244,8 @@ class _Forward:
         if self._splits:
             image = split_values(image, self._dtype)
         image = image.to(self._dtype)
-        if image.ndim == 4:
-            image = image.contiguous(memory_format=_memory_format(image.device))
-        return image
+        layout = memory_format(image.device, image.ndim - 2)
+        return image.contiguous(memory_format=layout)
 
     def compute(self, prepared: Tensor, cropping: Cropping | None) -> Tensor:
         if isinstance(self._network, UNet):
@@ -244,13 +253,6 @@ class _Forward:
         else:
             result = self._network(prepared)
         return result.float()
-
-
-def _memory_format(device: torch.device) -> torch.memory_format:
-    """Return the order of the numbers of a map with which a device is fastest."""
-    # On MPS, torch takes parts of maps with the channels last for whole ones.
-    on_mps = device.type == "mps"
-    return torch.contiguous_format if on_mps else torch.channels_last
 
 
 def _end_if_stopped(stops: list[threading.Event], module: nn.Module, _: Any) -> None:

@@ -19,11 +19,11 @@ from napari_unet.inference.instances import ObjectTable
 from napari_unet.inference.objects import ObjectFinder, find_objects_steps
 from napari_unet.inference.part import label_part
 from napari_unet.inference.segment import Numbering
-from napari_unet.inference.tile_run import heartbeats
+from napari_unet.inference.tile_run import result_steps
 from napari_unet.steps import Progress, mapped_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
@@ -199,19 +199,19 @@ class ProbabilityStore:
         labels: NDArray | None = None
         table = ObjectTable()
         for done, where in enumerate(sorted(self._covered)):
-            step = Progress(done, len(self._covered), "making objects")
+            tick = partial(Progress, done, len(self._covered), "making objects")
             place = self._index(where)
             probabilities = np.asarray(self.data[(slice(None), *place)])
             if found and where in found:
-                objects = yield from _waiting(found.pop(where), step)
+                objects = yield from result_steps(found.pop(where), tick)
             else:
                 finding = find_objects_steps(probabilities, kinds, settings)
-                objects = yield from _ticking(finding, step)
+                objects = yield from _ticking(finding, tick)
             number = numbering.next_label
             numbers = numbering.renumber(objects.runs.value, objects.classes)
             labels = _make_room(labels, self.shape[1:], numbering.next_label)
             objects.runs.valued(numbers).paint(labels[place])
-            yield step
+            yield tick()
             unit = dict(zip(self._loop, where, strict=True))
             table.add(objects.describe(probabilities), number, unit)
         if labels is None:
@@ -232,18 +232,10 @@ def _kinds(model: Model) -> list[str]:
 
 
 def _ticking(
-    steps: Generator[None, None, Objects], tick: Progress
+    steps: Generator[None, None, Objects], tick: Callable[[], Progress]
 ) -> Generator[Progress, None, Objects]:
     """Yield the same progress for each step."""
-    return mapped_steps(steps, lambda _: (tick,))
-
-
-def _waiting(
-    finding: Future[Objects], tick: Progress
-) -> Generator[Progress, None, Objects]:
-    """Yield the same progress until they are found."""
-    yield from heartbeats([finding], lambda: tick)
-    return finding.result()
+    return mapped_steps(steps, lambda _: (tick(),))
 
 
 def _make_room(labels: NDArray | None, shape: tuple[int, ...], largest: int) -> NDArray:

@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from napari_unet.errors import OutOfMemory
 from napari_unet.inference.backends import is_out_of_memory
@@ -26,17 +26,27 @@ if TYPE_CHECKING:
     Computed = tuple[Tile, Tile, NDArray]
     Tick = Callable[[int, str], Progress]
 
-__all__ = ["TileRun", "heartbeats"]
+__all__ = ["TileRun", "result_steps"]
+
+Result = TypeVar("Result")
 
 HEARTBEAT = 0.25  # seconds between two yields within a tile
 
 
-def heartbeats(
+def _heartbeats(
     futures: Sequence[Future[Any]], tick: Callable[[], Progress]
 ) -> Generator[Progress, None, None]:
     """Wait for futures, yielding so that the caller can cancel."""
     while wait(futures, HEARTBEAT).not_done:
         yield tick()
+
+
+def result_steps(
+    future: Future[Result], tick: Callable[[], Progress]
+) -> Generator[Progress, None, Result]:
+    """Wait for a result, yielding so that the caller can cancel."""
+    yield from _heartbeats([future], tick)
+    return future.result()
 
 
 class TileRun:
@@ -91,7 +101,7 @@ class TileRun:
             self._take_off()
             tile, computing = self._flying.popleft()
             done = self._done - 1
-            yield from heartbeats([computing], partial(tick, done, ""))
+            yield from _heartbeats([computing], partial(tick, done, ""))
             error = computing.exception()
             if error is None:
                 yield tile, self._plan.with_overlap(tile), computing.result()
@@ -100,7 +110,7 @@ class TileRun:
             if not is_out_of_memory(error):
                 raise error
             others = [future for _, future in self._flying]
-            yield from heartbeats(others, partial(tick, done, ""))
+            yield from _heartbeats(others, partial(tick, done, ""))
             self._waiting.extendleft(other for other, _ in reversed(self._flying))
             self._flying.clear()
             self._ahead.clear()

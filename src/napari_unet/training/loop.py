@@ -13,7 +13,11 @@ import torch
 
 from napari_unet.errors import OutOfMemory, UnetError
 from napari_unet.inference.backends import is_out_of_memory
-from napari_unet.inference.executors import computes_bfloat16, without_tf32
+from napari_unet.inference.executors import (
+    computes_bfloat16,
+    memory_format,
+    without_tf32,
+)
 from napari_unet.inference.segment import segment_steps
 from napari_unet.steps import mapped_steps
 from napari_unet.training.feed import Feed
@@ -103,9 +107,7 @@ class Training:
         self._identity: dict[str, Any] = {}
         self._feed = Feed(Patches(data.images, settings.seed), data.plan, device)
         self.network = data.model.unet.to(device)
-        # On Apple's GPUs channels last are slow, and wrong in some versions of torch.
-        gains = data.model.ndim == 2 and device.type in ("cpu", "cuda")
-        self._layout = torch.channels_last if gains else torch.contiguous_format
+        self._layout = memory_format(device, data.model.ndim)
         self.network.to(memory_format=self._layout)  # type: ignore[call-overload]
         # Once, as the lists below: a search through all modules keeps a GPU waiting.
         self.network.train()
